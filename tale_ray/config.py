@@ -1,0 +1,263 @@
+"""The frozen, validated description of a run.
+
+`SearchConfig` holds five sections. Everything that can be checked without a model is checked when a section is made.
+What can change a prediction or a decision is the run's *identity* (see `SearchConfig.decision_options`); workers,
+devices, batch budget and folders are not part of it and may differ from one attempt to the next.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+from tale_ray.errors import ConfigError
+from tale_ray.records import SplitName
+
+EpsilonMode = Literal["baseline", "current"]
+ResumeMode = Literal["auto", "must", "never"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_SPLITS: Mapping[SplitName, str] = {"search": "0.5", "select": "0.2", "test": "0.3"}
+
+
+def parse_epsilon(text: str) -> Fraction:
+    """Return epsilon exactly as its decimal text says.
+
+    Raises:
+        ConfigError: not a decimal number in [0, 1].
+    """
+    return _share(text, "epsilon")
+
+
+def _share(text: str, name: str) -> Fraction:
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        raise ConfigError(f"{name} {text!r} is not a number: write a decimal from 0 to 1, such as 0.08") from None
+    if not value.is_finite() or not 0 <= value <= 1:
+        raise ConfigError(f"{name} {text!r} is out of range: it is a share of the rows, from 0 to 1, such as 0.08")
+    return Fraction(value)
+
+
+def parse_layers(text: str, name: str) -> tuple[int, ...]:
+    """Return the layer numbers of a comma-separated list; an empty text is an empty list.
+
+    Raises:
+        ConfigError: not whole numbers, negative, or a layer twice.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise ConfigError(f"{name} {text!r} is not a list of layers: write numbers such as 3,7") from None
+    return layers
+
+
+def parse_splits(text: str) -> dict[SplitName, str]:
+    """Return the shares of `search=0.5,select=0.2,test=0.3` as decimal texts by split name.
+
+    Raises:
+        ConfigError: not of that form, or a split named twice.
+    """
+    shares: dict[SplitName, str] = {}
+    for part in text.split(","):
+        name, equals, share = part.partition("=")
+        name = name.strip()
+        if not equals or name not in get_args(SplitName):
+            raise ConfigError(
+                f"splits {text!r}: {part.strip()!r} is not NAME=SHARE with a name out of {', '.join(get_args(SplitName))}; "
+                "write it like search=0.5,select=0.2,test=0.3"
+            )
+        if name in shares:
+            raise ConfigError(f"splits {text!r}: {name} is given twice; give each split one share")
+        shares[name] = share.strip()  # type: ignore[index]  # membership was checked above
+    return shares
+
+
+def _at_least(value: float | None, minimum: float, name: str, remedy: str) -> None:
+    if value is not None and not value >= minimum:
+        raise ConfigError(f"{name} {value} is too small: it is at least {minimum}; {remedy}")
+
+
+def _one_of(value: str, choices: Any, name: str) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} {value!r} is not known: choose one of {', '.join(get_args(choices))}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which model: a hub id, a folder, or `bundled`."""
+
+    model: str
+    gguf: str | None = None  # file in the folder or repository
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: DType = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ConfigError("model '' is empty: give a hub id, a folder, or 'bundled'")
+        _one_of(self.dtype, DType, "dtype")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSection:
+    """Which rows are asked."""
+
+    task: str
+    rows: int | None = None  # of the search split; None: all
+    splits: Mapping[SplitName, str] = field(default_factory=lambda: dict(DEFAULT_SPLITS))
+    seed: int = 0
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
+        shares = self.shares
+        if sum(shares.values()) > 1:
+            raise ConfigError(
+                f"splits {self.splits_text!r} sum to {float(sum(shares.values())):g}: shares sum to at most 1; lower one"
+            )
+        if not shares.get("search"):
+            raise ConfigError(f"splits {self.splits_text!r} leave no search rows: give search a share above 0")
+
+    @property
+    def shares(self) -> dict[SplitName, Fraction]:
+        """Share of the rows by split, exactly as written."""
+        return {name: _share(share, f"share of the {name} split") for name, share in self.splits.items()}
+
+    @property
+    def splits_text(self) -> str:
+        """The splits as on the command line."""
+        return ",".join(f"{name}={share}" for name, share in self.splits.items())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrategySection:
+    """What is decided, and how."""
+
+    strategy: str = "tale"
+    epsilon: str = "0.08"
+    epsilon_mode: EpsilonMode = "baseline"
+    max_removed: int | None = None
+    remove: tuple[int, ...] = ()  # start from the model without these
+    keep_layers: tuple[int, ...] = ()  # never candidates
+    exhaustive: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy != "tale":
+            raise ConfigError(f"strategy {self.strategy!r} is not known: choose one of tale")
+        parse_epsilon(self.epsilon)
+        _one_of(self.epsilon_mode, EpsilonMode, "epsilon mode")
+        _at_least(self.max_removed, 0, "max removed", "leave the option out for no limit")
+        for name, layers in (("remove", self.remove), ("keep layers", self.keep_layers)):
+            if min(layers, default=0) < 0:
+                raise ConfigError(f"{name}: layer {min(layers)} does not exist: layers are numbered from 0")
+            if len(set(layers)) < len(layers):
+                raise ConfigError(f"{name} {','.join(map(str, layers))}: a layer is named twice; name each once")
+        if both := sorted(set(self.remove) & set(self.keep_layers)):
+            raise ConfigError(f"layer {both[0]} is in remove and in keep layers: take it out of one of them")
+        if self.max_removed is not None and len(self.remove) > self.max_removed:
+            raise ConfigError(
+                f"remove names {len(self.remove)} layers but max removed is {self.max_removed}: raise the one or shorten the other"
+            )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse layers that a model of `num_layers` layers does not have.
+
+        Raises:
+            ConfigError: a layer is out of range, or nothing would be left.
+        """
+        for name, layers in (("removed", self.remove), ("kept", self.keep_layers)):
+            for layer in layers:
+                if layer >= num_layers:
+                    raise ConfigError(
+                        f"layer {layer} cannot be {name}: the model has {num_layers} layers, numbered 0 to {num_layers - 1}"
+                    )
+        if len(self.remove) >= num_layers:
+            raise ConfigError(f"all {num_layers} layers cannot be removed: a model keeps at least one; shorten remove")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourceSection:
+    """Where it runs. Never changes a decision."""
+
+    local: bool = False  # in this process, without Ray
+    address: str | None = None  # of a running Ray cluster; None: a private one
+    workers: int | None = None  # at most; None: as many as fit
+    gpus_per_worker: int = 0
+    cpus_per_worker: int = 1
+    wait_resources_seconds: float = 60.0
+    batch_bytes: int | None = None  # activations of one micro-batch; None: chosen from the device
+
+    def __post_init__(self) -> None:
+        _at_least(self.workers, 1, "workers", "leave the option out for as many as fit")
+        _at_least(self.gpus_per_worker, 0, "gpus per worker", "0 runs on CPU")
+        _at_least(self.cpus_per_worker, 1, "cpus per worker", "every worker needs one")
+        _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait")
+        _at_least(self.batch_bytes, 1, "batch bytes", "leave the option out to choose from the device")
+        if self.local and self.address is not None:
+            raise ConfigError(f"local and address {self.address!r} exclude each other: leave one out")
+        if self.local and (self.workers or 1) > 1:
+            raise ConfigError(f"local runs one worker, not {self.workers}: leave out local to run workers on Ray")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageSection:
+    """Where the run is kept. Never changes a decision."""
+
+    run: str | None = None  # folder or URI; None: runs/<task>-<digest>
+    resume: ResumeMode = "auto"
+    time_limit_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.resume, ResumeMode, "resume")
+        _at_least(self.time_limit_seconds, 1, "time limit", "give it in seconds or like 30m, 2h")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """One search, whole."""
+
+    model: ModelSection
+    task: TaskSection
+    strategy: StrategySection = field(default_factory=StrategySection)
+    resources: ResourceSection = field(default_factory=ResourceSection)
+    storage: StorageSection = field(default_factory=StorageSection)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype asked for; `auto` without GPUs means float32 (CPUs emulate bfloat16), with GPUs the checkpoint's."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "checkpoint" if self.resources.gpus_per_worker else "float32"
+
+    def decision_options(self) -> dict[str, Any]:
+        """Return the options that can change a prediction or a decision, as canonical JSON values."""
+        return {
+            "dtype": self.dtype,
+            "seed": self.task.seed,
+            "strategy": self.strategy.strategy,
+            "epsilon": str(parse_epsilon(self.strategy.epsilon)),
+            "epsilon_mode": self.strategy.epsilon_mode,
+            "max_removed": self.strategy.max_removed,
+            "remove": list(self.strategy.remove),
+            "keep_layers": sorted(self.strategy.keep_layers),
+        }
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Return the sections as JSON values; `from_json` reverses it."""
+        return {section.name: asdict(getattr(self, section.name)) for section in fields(self)}
+
+    @staticmethod
+    def from_json(sections: Mapping[str, Mapping[str, Any]]) -> "SearchConfig":
+        """Return the configuration that `to_json` wrote. Fields that an older version did not have get their default."""
+        strategy = dict(sections["strategy"])
+        for name in ("remove", "keep_layers"):
+            strategy[name] = tuple(strategy.get(name, ()))
+        return SearchConfig(
+            model=ModelSection(**sections["model"]),
+            task=TaskSection(**sections["task"]),
+            strategy=StrategySection(**strategy),
+            resources=ResourceSection(**sections["resources"]),
+            storage=StorageSection(**sections["storage"]),
+        )

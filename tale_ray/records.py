@@ -1,0 +1,161 @@
+"""The nouns that cross a boundary: between driver and workers, search and store, store and reader.
+
+All are frozen, picklable and hold plain Python values only. Layers are numbered from 0 in the full model. A
+candidate is named by the layer whose removal it proposes; `None` stands for removing nothing further.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+SplitName: TypeAlias = Literal["shots", "search", "select", "test", "finetune"]
+CandidateStatus: TypeAlias = Literal["exact", "bounded_out"]
+Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+class StopReason(StrEnum):
+    """Why a search has ended."""
+
+    BELOW_FLOOR = "below_floor"
+    MAX_REMOVED = "max_removed"
+    ONE_LAYER_LEFT = "one_layer_left"
+    NO_CANDIDATES = "no_candidates"
+    BASELINE_ZERO = "baseline_zero"
+    ERROR = "error"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a task, rendered: what is asked and what should be answered."""
+
+    digest: str  # SHA-256 of the row's source columns, hex
+    messages: tuple[Message, ...]  # the chat prompt, without the reply
+    reply: str  # the reference reply, as a demonstration would show it
+    target: str  # what the answer parsed from a reply is compared with
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One row as a worker scores it."""
+
+    token_ids: tuple[int, ...]
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a worker says of the model that it has loaded."""
+
+    num_layers: int
+    family: str  # model_type of the configuration
+    digest: str  # SHA-256 over configuration, tokenizer and weight files, hex
+    dtype: str
+    device: str
+    load_seconds: float
+    notes: tuple[str, ...] = ()  # what a user should know, e.g. "the tokenizer has no chat template"
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """What a model said about one row."""
+
+    reply: str
+    prediction: str | None  # None: no answer could be read from the reply (invalid)
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateAnswers:
+    """The answers of one candidate, in the order of the unit's rows."""
+
+    layer: int | None
+    answers: tuple[RowAnswer, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """Some rows of one split times some candidates: the piece of work that is done, lost and stored as a whole."""
+
+    number: int
+    scope: str  # what it belongs to, e.g. "round-0003": the folder of its result in the store
+    split: SplitName
+    removed: tuple[int, ...]  # layers that every candidate does without
+    candidates: tuple[int | None, ...]
+    rows: tuple[int, ...]  # positions in the split
+
+    @property
+    def candidate_rows(self) -> int:
+        """Number of (candidate, row) pairs."""
+        return len(self.candidates) * len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """A pure function of the unit, but for seconds and worker."""
+
+    unit: WorkUnit
+    candidates: tuple[CandidateAnswers, ...]
+    layer_applications: int  # rows times layers run; batching and new tokens are in
+    seconds: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How many rows were answered correctly, of how many; `invalid` of the wrong ones had no readable answer."""
+
+    correct: int
+    total: int
+    invalid: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct rows, in [0, 1]."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateScore:
+    """The score of one candidate: over all rows if `exact`, else over the `seen` rows after which it could not win."""
+
+    layer: int | None
+    correct: int
+    seen: int
+    invalid: int
+    status: CandidateStatus
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A finished round. Round 0 scores the full model and removes nothing."""
+
+    number: int
+    removed_layer: int | None  # the winner
+    removed: tuple[int, ...]  # cumulative, in order of removal, the winner included
+    score: Score  # of the winner
+    candidates: tuple[CandidateScore, ...]
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What was computed: durable units only; lost or repeated work only in the last two."""
+
+    units: int = 0
+    candidate_rows: int = 0  # without the baseline
+    layer_applications: int = 0
+    retries: int = 0
+    wasted_rows: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.units + other.units,
+            self.candidate_rows + other.candidate_rows,
+            self.layer_applications + other.layer_applications,
+            self.retries + other.retries,
+            self.wasted_rows + other.wasted_rows,
+        )

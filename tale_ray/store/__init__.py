@@ -1,0 +1,1 @@
+"""What is remembered: one run, one folder. Imports neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""What is asked: task files, rows, prompts, answers, splits. Knows nothing of models or of the search."""
