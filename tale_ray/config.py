@@ -65,8 +65,8 @@ def parse_splits(text: str) -> dict[SplitName, str]:
         name = name.strip()
         if not equals or name not in get_args(SplitName):
             raise ConfigError(
-                f"splits {text!r}: {part.strip()!r} is not NAME=SHARE with a name out of {', '.join(get_args(SplitName))}; "
-                "write it like search=0.5,select=0.2,test=0.3"
+                f"splits {text!r}: {part.strip()!r} is not NAME=SHARE with a name out of "
+                f"{', '.join(get_args(SplitName))}; write it like search=0.5,select=0.2,test=0.3"
             )
         if name in shares:
             raise ConfigError(f"splits {text!r}: {name} is given twice; give each split one share")
@@ -114,9 +114,8 @@ class TaskSection:
         _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
         shares = self.shares
         if sum(shares.values()) > 1:
-            raise ConfigError(
-                f"splits {self.splits_text!r} sum to {float(sum(shares.values())):g}: shares sum to at most 1; lower one"
-            )
+            total = float(sum(shares.values()))
+            raise ConfigError(f"splits {self.splits_text!r} sum to {total:g}: shares sum to at most 1; lower one")
         if not shares.get("search"):
             raise ConfigError(f"splits {self.splits_text!r} leave no search rows: give search a share above 0")
 
@@ -158,7 +157,8 @@ class StrategySection:
             raise ConfigError(f"layer {both[0]} is in remove and in keep layers: take it out of one of them")
         if self.max_removed is not None and len(self.remove) > self.max_removed:
             raise ConfigError(
-                f"remove names {len(self.remove)} layers but max removed is {self.max_removed}: raise the one or shorten the other"
+                f"remove names {len(self.remove)} layers but max removed is {self.max_removed}: "
+                "raise the one or shorten the other"
             )
 
     def check_layers(self, num_layers: int) -> None:
@@ -171,7 +171,8 @@ class StrategySection:
             for layer in layers:
                 if layer >= num_layers:
                     raise ConfigError(
-                        f"layer {layer} cannot be {name}: the model has {num_layers} layers, numbered 0 to {num_layers - 1}"
+                        f"layer {layer} cannot be {name}: "
+                        f"the model has {num_layers} layers, numbered 0 to {num_layers - 1}"
                     )
         if len(self.remove) >= num_layers:
             raise ConfigError(f"all {num_layers} layers cannot be removed: a model keeps at least one; shorten remove")
@@ -226,7 +227,7 @@ class SearchConfig:
 
     @property
     def dtype(self) -> str:
-        """The dtype asked for; `auto` without GPUs means float32 (CPUs emulate bfloat16), with GPUs the checkpoint's."""
+        """The dtype asked for; `auto` is float32 on CPU (which emulates bfloat16), and the checkpoint's on GPU."""
         if self.model.dtype != "auto":
             return self.model.dtype
         return "checkpoint" if self.resources.gpus_per_worker else "float32"
@@ -250,7 +251,7 @@ class SearchConfig:
 
     @staticmethod
     def from_json(sections: Mapping[str, Mapping[str, Any]]) -> "SearchConfig":
-        """Return the configuration that `to_json` wrote. Fields that an older version did not have get their default."""
+        """Return the configuration that `to_json` wrote; fields that an older version lacked get their default."""
         strategy = dict(sections["strategy"])
         for name in ("remove", "keep_layers"):
             strategy[name] = tuple(strategy.get(name, ()))
