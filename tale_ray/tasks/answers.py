@@ -1,0 +1,191 @@
+"""What a reply answers, and whether that is right. Nothing is ever evaluated.
+
+Every pattern here takes time linear in the length of the reply.
+
+This module does not know what was asked.
+"""
+
+import importlib
+import re
+import threading
+import unicodedata
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from typing import Any, Final
+
+from tale_ray.errors import TaskError
+from tale_ray.tasks.spec import AnswerSpec
+
+_LETTER_OR_DIGIT: Final = r"[^\W_]"
+_LEADING: Final = " \t\r\n\f\v\u00a0\u200b\ufeff\"'`*_#$([{<“”„‘’‚«»「『（【"
+
+# Sign (not the dash of 5-7), currency, digits with thousands separators or not, decimals, exponent as e7 or × 10^7.
+_NUMBER: Final = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-+−])?\\?[$€£]?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE](?P<exponent>[-+−]?\d+)|\ ?(?:[x×*]|\\times|\\cdot)\ ?10(?:\^|\*\*)\{?(?P<power>[-+−]?\d+)\}?)?"
+)
+
+
+def parse_answer(answer: AnswerSpec, reply: str) -> str | None:
+    """Return the answer that the reply gives, or None if none can be read from it (an invalid reply).
+
+    A choice or a word is returned as the label is spelled, a number without its thousands separators.
+    """
+    match answer.type:
+        case "choice":
+            return _parse_choice(answer.labels, reply)
+        case "word":
+            return _first_label(answer.labels, reply, ignore_case=True)
+        case "number":
+            return _parse_number(reply)
+        case "regex":
+            return _parse_regex(answer.pattern or "", reply)
+        case "math":
+            return _parse_math(reply)
+
+
+def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:
+    """Return whether the prediction equals the target, as the type of the answer understands equality."""
+    if prediction is None:
+        return False
+    match answer.type:
+        case "choice":
+            return prediction == target
+        case "word" | "regex":
+            return prediction.strip().casefold() == target.strip().casefold()
+        case "number":
+            expected = _parse_number(target)
+            return expected is not None and Decimal(prediction) == Decimal(expected)
+        case "math":
+            return _math_equal(prediction, target)
+
+
+def parse_target(answer: AnswerSpec, target: str) -> str:
+    """Return the target of a row, a word spelled as its label.
+
+    Raises:
+        TaskError: no reply could ever equal it.
+    """
+    if answer.type == "choice":
+        spelled = target if target in answer.labels else None
+    elif answer.type == "word":
+        spelled = next((label for label in answer.labels if label.casefold() == target.casefold()), None)
+    elif answer.type == "number":
+        spelled = target if _parse_number(target) is not None else None
+    else:
+        spelled = target or None
+    if spelled is not None:
+        return spelled
+    rule = f"one of the labels {', '.join(answer.labels)}" if answer.labels else "a number"
+    if answer.type in ("regex", "math"):
+        rule = "not empty"
+    raise TaskError(f"the target {target!r} is no answer of type {answer.type}: it is {rule}; correct `target`")
+
+
+def _parse_choice(labels: tuple[str, ...], reply: str) -> str | None:
+    reply = unicodedata.normalize("NFC", reply)
+    start = reply.lstrip(_LEADING)
+    for label in sorted(labels, key=len, reverse=True):
+        rest = start.removeprefix(label)
+        if len(rest) < len(start) and not _continues(label, rest):
+            return label
+    return _first_label(labels, reply, ignore_case=False)
+
+
+def _continues(label: str, rest: str) -> bool:
+    """Whether the text goes on as the same word, or as the same number for a label like 1."""
+    return rest[:1].isalpha() or (label[-1].isdigit() and rest[:1].isdigit())
+
+
+def _first_label(labels: tuple[str, ...], reply: str, *, ignore_case: bool) -> str | None:
+    found = _labels_pattern(labels, ignore_case).search(unicodedata.normalize("NFC", reply))
+    return labels[int(found.lastgroup[1:])] if found and found.lastgroup else None
+
+
+@lru_cache(maxsize=256)
+def _labels_pattern(labels: tuple[str, ...], ignore_case: bool) -> re.Pattern[str]:
+    longest_first = sorted(enumerate(labels), key=lambda item: -len(item[1]))
+    names = "|".join(f"(?P<L{index}>{re.escape(label)})" for index, label in longest_first)
+    pattern = rf"(?<!{_LETTER_OR_DIGIT})(?:{names})(?!{_LETTER_OR_DIGIT})"
+    return re.compile(pattern, re.IGNORECASE if ignore_case else 0)
+
+
+def _parse_number(text: str) -> str | None:
+    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    if marked := re.search(r"####[\s*]*(?=[-+−\\$€£.\d])", text):
+        found = _NUMBER.match(text, marked.end())
+        if found and (number := _plain_number(found)) is not None:
+            return number
+    boxed = _last_boxed(text)
+    for part in (boxed, text):
+        if part is not None and (number := _last_number(part)) is not None:
+            return number
+    return None
+
+
+def _last_number(text: str) -> str | None:
+    number = None
+    for found in _NUMBER.finditer(text):
+        number = _plain_number(found) or number
+    return number
+
+
+def _plain_number(found: re.Match[str]) -> str | None:
+    sign = "-" if found["sign"] in ("-", "−") else ""
+    number = sign + found["digits"].replace(",", "")
+    if exponent := found["exponent"] or found["power"]:
+        number += "e" + exponent.replace("−", "-")
+    try:
+        return number if Decimal(number).is_finite() else None
+    except InvalidOperation:  # an exponent beyond all bounds
+        return None
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""Return what the last `\boxed{...}` holds; to the end of the text if it is not closed."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start:index]
+    return text[start:]
+
+
+def _parse_regex(pattern: str, reply: str) -> str | None:
+    found = re.search(pattern, reply, re.IGNORECASE)
+    return (found[1] or "").strip() or None if found else None
+
+
+def _math_verify() -> Any:
+    try:
+        return importlib.import_module("math_verify")
+    except ImportError as error:
+        raise TaskError(
+            "answers of type math need the library math-verify, which is not installed; run: pip install math-verify"
+        ) from error
+
+
+def _parse_math(reply: str) -> str | None:
+    boxed = _last_boxed(reply)
+    answer = reply if boxed is None else f"\\boxed{{{boxed}}}"
+    return answer if _math_values(answer) else None
+
+
+def _math_values(text: str) -> Any:
+    return _math_verify().parse(text, **_timeouts("parsing_timeout"))
+
+
+def _math_equal(prediction: str, target: str) -> bool:
+    expected = target if "\\boxed" in target else f"\\boxed{{{target}}}"
+    values = _math_values(expected), _math_values(prediction)
+    return bool(_math_verify().verify(*values, **_timeouts("timeout_seconds")))
+
+
+def _timeouts(option: str) -> dict[str, None]:
+    """Its timeout is an alarm, which only a main thread can set."""
+    return {} if threading.current_thread() is threading.main_thread() else {option: None}

@@ -1,0 +1,218 @@
+"""From a row to a prompt, and from a prompt to token ids: the same ones on every machine and every day.
+
+This module does not import a tokenizer: it is handed one and only calls it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from jinja2 import TemplateError
+
+from tale_ray.errors import TaskError
+from tale_ray.records import Example, Message
+from tale_ray.tasks.answers import parse_target
+from tale_ray.tasks.spec import TaskSpec
+from tale_ray.tasks.splits import row_digest
+from tale_ray.tasks.templates import render_template
+
+DATE: Final = "26 Jul 2024"
+
+# Chat templates may print today's date through a function that the template engine of transformers provides. Values
+# handed to a template are reduced to plain data there, so a function cannot be replaced from outside: the template
+# gets a macro of the same name instead. The line ends with a newline that the engine trims, so that the template
+# itself starts on a line of its own, as before.
+_FIXED_DATE_MACRO: Final = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f" | replace('%{code}', '{text}')"
+        for code, text in {
+            "-d": "26",
+            "-m": "7",
+            "d": "26",
+            "m": "07",
+            "b": "Jul",
+            "B": "July",
+            "Y": "2024",
+            "y": "24",
+            "a": "Fri",
+            "A": "Friday",
+            "j": "208",
+            "F": "2024-07-26",
+            "H": "00",
+            "I": "12",
+            "M": "00",
+            "S": "00",
+            "p": "AM",
+        }.items()
+    )
+    + " }}{%- endmacro %}\n"
+)
+_PROBE_SYSTEM: Final = "Reply with one word."
+_PROBE: Final = ({"role": "system", "content": _PROBE_SYSTEM}, {"role": "user", "content": "Hello"})
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer of transformers."""
+
+    chat_template: Any  # a template, templates by name, or None
+    eos_token_id: int | None
+
+    def get_chat_template(self) -> str:
+        """Return the template of a chat without tools."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        """Return the conversation as text, with `tokenize=False`."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of the text."""
+
+
+def render(spec: TaskSpec, row: Mapping[str, Any], digest: str) -> Example:
+    """Return the row as the task asks it; `digest` is that of the row.
+
+    Raises:
+        TaskError: a template fails on the row, the row lacks the column to group by, or the target is no answer.
+    """
+    if spec.group_by is not None and spec.group_by not in row:
+        raise TaskError(
+            f"task {spec.name}: group_by names the column {spec.group_by!r}, but the columns are "
+            f"{', '.join(map(str, row))}; name one of these"
+        )
+    messages = tuple(
+        {"role": message["role"], "content": render_template(message["content"], row, f"messages[{index}].content")}
+        for index, message in enumerate(spec.messages)
+    )
+    reply = render_template(spec.reply, row, "reply")
+    target = render_template(spec.target, row, "target").strip()
+    try:
+        return Example(digest=digest, messages=messages, reply=reply, target=parse_target(spec.answer, target))
+    except TaskError as error:
+        raise TaskError(f"task {spec.name}, row {digest[:12]}: {error}; the row is {_shown(row)}") from error
+
+
+def render_rows(spec: TaskSpec, rows: Iterable[Mapping[str, Any]]) -> tuple[Example, ...]:
+    """Return the rows as the task asks them, in their order.
+
+    Raises:
+        TaskError: as `render`.
+    """
+    return tuple(render(spec, row, row_digest(row)) for row in rows)
+
+
+def encode(
+    tokenizer: Tokenizer, messages: Sequence[Message], demonstrations: Sequence[Example] = ()
+) -> tuple[int, ...]:
+    """Return the token ids of the chat up to where the model's reply starts.
+
+    Demonstrations come first, after the system message of `messages`, each as its own messages (without system) and
+    its reply. Thinking is switched off and the date is always the same. A system message that the chat template
+    rejects or drops is put in front of the first user message. Without a chat template the chat is plain text.
+    `chat_notes` says which of these was done.
+
+    Raises:
+        TaskError: the chat template fails, or there are no tokens.
+    """
+    chat = _with_demonstrations(messages, demonstrations)
+    if not tokenizer.chat_template:
+        token_ids = tokenizer.encode(_plain_text(chat), add_special_tokens=True)
+        if token_ids and token_ids[-1] == tokenizer.eos_token_id:
+            token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
+    else:
+        if _system_is_lost(tokenizer):
+            chat = _fold_system(chat)
+        # The chat template writes its own special tokens.
+        token_ids = tokenizer.encode(_chat_text(tokenizer, chat), add_special_tokens=False)
+    if not token_ids:
+        raise TaskError(f"the prompt {_shown(chat)} has no tokens: check the tokenizer and its chat template")
+    return tuple(token_ids)
+
+
+def chat_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return in words where `encode` had to depart from the tokenizer's own chat template; empty if nowhere.
+
+    Raises:
+        TaskError: the chat template fails.
+    """
+    if not tokenizer.chat_template:
+        return ("the tokenizer has no chat template: prompts are plain text that ends in 'Answer:'",)
+    folded = _system_is_lost(tokenizer)
+    notes = []
+    if folded:
+        notes.append("the chat template takes no system message: it is put in front of the first user message")
+    if _chat_text(tokenizer, _fold_system(_PROBE) if folded else _PROBE).rstrip().endswith("<think>"):
+        notes.append("the chat template starts every reply with thinking, which cannot be switched off")
+    return tuple(notes)
+
+
+def digest_tokens(rows: Iterable[tuple[int, ...]]) -> str:
+    """Return one SHA-256, in hex, of token sequences in their order."""
+    digest = hashlib.sha256()
+    for token_ids in rows:
+        digest.update(f"{','.join(map(str, token_ids))}\n".encode())
+    return digest.hexdigest()
+
+
+def _with_demonstrations(messages: Sequence[Message], demonstrations: Sequence[Example]) -> list[Message]:
+    chat = [message for message in messages if message["role"] == "system"]
+    for example in demonstrations:
+        chat += [message for message in example.messages if message["role"] != "system"]
+        chat.append({"role": "assistant", "content": example.reply})
+    return chat + [message for message in messages if message["role"] != "system"]
+
+
+def _chat_text(tokenizer: Tokenizer, chat: Sequence[Message]) -> str:
+    options: dict[str, Any] = {}
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            options["chat_template"] = _FIXED_DATE_MACRO + template
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in chat],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            date_string=DATE,
+            **options,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise TaskError(
+            f"the tokenizer's chat template fails on {_shown(chat)}: {type(error).__name__}: {error}; "
+            "change the roles of the task's messages, or use a model with another template"
+        ) from error
+    return str(text)
+
+
+def _system_is_lost(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template rejects or drops a system message; asked of a fixed chat, so it holds for all rows."""
+    try:
+        return _PROBE_SYSTEM not in _chat_text(tokenizer, _PROBE)
+    except TaskError:
+        return True
+
+
+def _fold_system(chat: Sequence[Message]) -> list[Message]:
+    if chat[0]["role"] != "system":
+        return list(chat)
+    system, rest = chat[0]["content"], list(chat[1:])
+    first = next(index for index, message in enumerate(rest) if message["role"] == "user")
+    rest[first] = {"role": "user", "content": f"{system}\n\n{rest[first]['content']}"}
+    return rest
+
+
+def _plain_text(chat: Sequence[Message]) -> str:
+    """Return paragraphs; each user message is followed by `Answer:` and, but for the last, by the reply to it."""
+    text = ""
+    for message in chat:
+        if message["role"] == "assistant":
+            text += f" {message['content']}\n\n"
+        elif message["role"] == "user":
+            text += f"{message['content']}\nAnswer:"
+        else:
+            text += f"{message['content']}\n\n"
+    return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 400 else f"{text[:397]}..."

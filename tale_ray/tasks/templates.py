@@ -1,0 +1,58 @@
+"""The templates of a task file: jinja2, strict, sandboxed and the same on every machine.
+
+This module does not know what a task is, nor what a template is for.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tale_ray.errors import TaskError
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    # What draws at random would render one row in two ways.
+    del environment.globals["lipsum"], environment.filters["random"]
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+@lru_cache(maxsize=256)
+def compile_template(text: str) -> Template:
+    """Return the compiled template.
+
+    Raises:
+        TaskError: the syntax is wrong, or a filter or test does not exist.
+    """
+    try:
+        return _ENVIRONMENT.from_string(text)
+    except TemplateSyntaxError as error:
+        raise TaskError(f"line {error.lineno} of the template is not valid jinja2: {error.message}") from error
+
+
+def render_template(text: str, row: Mapping[str, Any], name: str) -> str:
+    """Return the template filled with the columns of `row`; `name` is what errors call it.
+
+    Raises:
+        TaskError: the template uses a name that is no column, or fails on this row.
+    """
+    template = compile_template(text)
+    columns = ", ".join(sorted(map(str, row))) or "none"
+    try:
+        return template.render(row)
+    except UndefinedError as error:
+        raise TaskError(
+            f"template `{name}` {text!r}: {error.message}; the columns of the row are: {columns}. "
+            "Use one of these, or test a name with `is defined`"
+        ) from error
+    except Exception as error:
+        raise TaskError(
+            f"template `{name}` {text!r} fails on a row with the columns {columns}: "
+            f"{type(error).__name__}: {error}. Correct the template, or the row"
+        ) from error
