@@ -1,0 +1,202 @@
+"""A model and its tokenizer, loaded, ready to lose layers. Knows nothing of tasks, rows or scores."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tale_ray.config import ModelSection
+from tale_ray.errors import ModelError
+from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
+from tale_ray.model.layers import LayerStack, check_config, find_layers
+from tale_ray.records import ModelInfo
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with its tokenizer, in evaluation mode, no gradients, generation defaults neutral."""
+
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any
+    layers: LayerStack
+    info: ModelInfo
+
+
+def load_model(section: ModelSection, dtype: str) -> LoadedModel:
+    """Return the model of a section, loaded on the GPUs that this process sees, else on the CPU.
+
+    Args:
+        section: a hub id, a folder, or `bundled`; a GGUF file is de-quantised.
+        dtype: float32, bfloat16, float16, or `checkpoint` for the one the weights are stored in.
+
+    Raises:
+        ModelError: the model cannot be found, loaded, or searched.
+    """
+    started = time.monotonic()
+    check_model(section)
+    folder = model_folder(section.model)
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if folder is None:
+        options["revision"] = section.revision
+    place = str(folder) if folder is not None else section.model
+    quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
+    if section.gguf is not None:
+        _require_gguf()
+    try:
+        config = AutoConfig.from_pretrained(place, **options, **quantised)
+        check_config(config)
+        tokenizer = _load_tokenizer(place, folder, options, quantised)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place, dtype=_DTYPES[dtype], device_map=_device_map(), output_loading_info=True, **options, **quantised
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _as_model_error(section, error) from error
+    _check_weights(section, loading)
+    if section.gguf is not None and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are not quantised any more
+    model.eval().requires_grad_(False)
+    model.generation_config = neutral_generation(model, tokenizer)
+    layers = find_layers(model)
+    check_causal(model)
+    info = ModelInfo(
+        num_layers=layers.num_layers,
+        family=str(model.config.model_type),
+        digest=digest_model(folder or _snapshot(section), section.gguf),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=_device_name(model),
+        load_seconds=time.monotonic() - started,
+        notes=_notes(model, tokenizer),
+    )
+    return LoadedModel(model, tokenizer, layers, info)
+
+
+def neutral_generation(model: Any, tokenizer: Any) -> GenerationConfig:
+    """Return generation defaults that keep only the end, padding and start tokens of the checkpoint.
+
+    Repetition penalties, sampling and forced tokens are gone. Without a padding token the end token pads.
+    """
+    own, config = model.generation_config, model.config.get_text_config(decoder=True)
+
+    def token(name: str) -> Any:
+        for source in (own, config, tokenizer):
+            if (value := getattr(source, name, None)) is not None:
+                return value
+        return None
+
+    end, pad = token("eos_token_id"), token("pad_token_id")
+    if not isinstance(pad, int) or not 0 <= pad < config.vocab_size:
+        pad = (end[0] if isinstance(end, list) else end) if end else 0
+    return GenerationConfig(eos_token_id=end, pad_token_id=pad, bos_token_id=token("bos_token_id"))
+
+
+@torch.inference_mode()
+def check_causal(model: Any) -> None:
+    """Refuse a model whose earlier logits depend on later tokens, or whose logits are not finite.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens_bt = (torch.arange(_PROBE_TOKENS, device=model.device) * 7 + 3).remainder(vocabulary).repeat(2, 1)
+    tokens_bt[1, -1] = (tokens_bt[1, -1] + vocabulary // 2).remainder(vocabulary)
+    logits_btv = model(input_ids=tokens_bt, use_cache=False).logits.float()
+    if not logits_btv.isfinite().all():
+        raise ModelError(
+            f"the model's logits are not finite in {str(model.dtype).removeprefix('torch.')}: "
+            "use --dtype bfloat16 or float32"
+        )
+    earlier_btv = logits_btv[:, :-1]
+    scale = earlier_btv.abs().amax().clamp(min=1e-6)
+    if (earlier_btv[0] - earlier_btv[1]).abs().amax() > 0.01 * scale:
+        raise ModelError(
+            f"a model of the family {model.config.model_type} cannot be searched: "
+            "its earlier logits change with later tokens, so it is no causal decoder"
+        )
+
+
+def _load_tokenizer(place: str, folder: Path | None, options: dict[str, Any], quantised: dict[str, str]) -> Any:
+    own = folder is not None and has_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(place, **options, **({} if own else quantised))
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer of {place} cannot be loaded ({_first_line(error)}): "
+            "copy its tokenizer files again, or install what they need"
+        ) from error
+
+
+def _device_map() -> Any:
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return None
+    return {"": 0} if gpus == 1 else "auto"
+
+
+def _device_name(model: Any) -> str:
+    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters())
+    return ",".join(devices)
+
+
+def _snapshot(section: ModelSection) -> Path:
+    """The folder of the hub's cache from which a hub id was just loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", section.gguf):
+        found = try_to_load_from_cache(section.model, name, revision=section.revision) if name else None
+        if isinstance(found, str):
+            return Path(found).parent
+    raise ModelError(f"the files of {section.model} are not in the hub's cache: download them and give the folder")
+
+
+def _check_weights(section: ModelSection, loading: dict[str, Any]) -> None:
+    """Transformers fills weights that the checkpoint lacks with random numbers; a search of those means nothing."""
+    if missing := sorted(map(str, loading["missing_keys"])):
+        raise ModelError(
+            f"model {section.model} lacks weights that its configuration asks for: {missing[0]} "
+            f"({len(missing)} missing); is num_hidden_layers in config.json right? copy the checkpoint again"
+        )
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the package gguf: pip install 'tale-ray[gguf]'") from None
+
+
+def _notes(model: Any, tokenizer: Any) -> tuple[str, ...]:
+    notes = []
+    if not getattr(tokenizer, "chat_template", None):
+        notes.append("the tokenizer has no chat template: prompts use a plain one")
+    if model.generation_config.eos_token_id is None:
+        notes.append("the checkpoint names no end token: replies always have the full number of new tokens")
+    return tuple(notes)
+
+
+def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
+    name, text = section.model, _first_line(error)
+    kind = type(error).__name__
+    if kind in ("GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError") or "gated repo" in text:
+        remedy = "check the name and revision; for a gated model log in on every node with `hf auth login`"
+    elif isinstance(error, OSError) and model_folder(name) is None:
+        remedy = "the hub may be out of reach: download the model and give its folder, or check the name"
+    elif isinstance(error, torch.cuda.OutOfMemoryError):
+        remedy = "give each worker more GPUs, or choose a smaller dtype"
+    elif isinstance(error, ImportError):
+        remedy = "install the package it names"
+    else:
+        remedy = "check that the installed transformers knows the family and that the checkpoint is whole"
+    return ModelError(f"model {name} cannot be loaded ({kind}: {text}): {remedy}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
