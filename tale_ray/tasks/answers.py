@@ -84,13 +84,17 @@ def parse_target(answer: AnswerSpec, target: str) -> str:
 
 
 def _parse_choice(labels: tuple[str, ...], reply: str) -> str | None:
-    reply = unicodedata.normalize("NFC", reply)
-    start = reply.lstrip(_LEADING)
+    start = _composed(reply).lstrip(_LEADING)
     for label in sorted(labels, key=len, reverse=True):
-        rest = start.removeprefix(label)
+        rest = start.removeprefix(_composed(label))
         if len(rest) < len(start) and not _continues(label, rest):
             return label
     return _first_label(labels, reply, ignore_case=False)
+
+
+def _composed(text: str) -> str:
+    """Return the text with each letter and its accents as one character."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _continues(label: str, rest: str) -> bool:
@@ -99,14 +103,14 @@ def _continues(label: str, rest: str) -> bool:
 
 
 def _first_label(labels: tuple[str, ...], reply: str, *, ignore_case: bool) -> str | None:
-    found = _labels_pattern(labels, ignore_case).search(unicodedata.normalize("NFC", reply))
+    found = _labels_pattern(labels, ignore_case).search(_composed(reply))
     return labels[int(found.lastgroup[1:])] if found and found.lastgroup else None
 
 
 @lru_cache(maxsize=256)
 def _labels_pattern(labels: tuple[str, ...], ignore_case: bool) -> re.Pattern[str]:
     longest_first = sorted(enumerate(labels), key=lambda item: -len(item[1]))
-    names = "|".join(f"(?P<L{index}>{re.escape(label)})" for index, label in longest_first)
+    names = "|".join(f"(?P<L{index}>{re.escape(_composed(label))})" for index, label in longest_first)
     pattern = rf"(?<!{_LETTER_OR_DIGIT})(?:{names})(?!{_LETTER_OR_DIGIT})"
     return re.compile(pattern, re.IGNORECASE if ignore_case else 0)
 

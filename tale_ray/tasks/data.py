@@ -124,7 +124,7 @@ def _read_file(path: Path, file_format: FileFormat) -> list[Row]:
         if file_format == "csv":
             return _read_csv(path)
         return _read_json(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise TaskError(f"data file {path} cannot be read as {file_format}: {error}; correct or replace it") from error
 
 
@@ -136,6 +136,8 @@ def _read_csv(path: Path) -> list[Row]:
     if dates:
         convert = csv.ConvertOptions(null_values=[""], column_types=dates)
         table = csv.read_csv(path, parse_options=parse, convert_options=convert)
+    if broken := [column.name for column in table.schema if pa.types.is_binary(column.type)]:
+        raise ValueError(f"the column {broken[0]!r} is not text in UTF-8")
     return list(table.to_pylist())
 
 

@@ -4,6 +4,7 @@ This module does not import a tokenizer: it is handed one and only calls it.
 """
 
 import hashlib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -139,7 +140,7 @@ def chat_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
     folded = _system_is_lost(tokenizer)
     notes = []
     if folded:
-        notes.append("the chat template takes no system message: it is put in front of the first user message")
+        notes.append("the chat template takes no system message: a task's is put in front of the first user message")
     if _chat_text(tokenizer, _fold_system(_PROBE) if folded else _PROBE).rstrip().endswith("<think>"):
         notes.append("the chat template starts every reply with thinking, which cannot be switched off")
     return tuple(notes)
@@ -214,5 +215,6 @@ def _plain_text(chat: Sequence[Message]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 400 else f"{text[:397]}..."
+    short = reprlib.Repr()
+    short.maxstring, short.maxlist, short.maxdict = 200, 10, 10
+    return short.repr(value)

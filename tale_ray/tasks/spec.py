@@ -6,6 +6,7 @@ This module does not read rows, nor render them.
 import difflib
 import importlib.util
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -205,8 +206,10 @@ def _source(keys: "_Keys") -> Source:
             keys.refuse("path", f"data files are read as {', '.join(get_args(FileFormat))}; choose one of them")
         source = HubSource(
             path=keys.matching("path", r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", "the id of a data set, owner/name"),
-            name=keys.name("name") if keys.has("name") else None,
-            split=keys.name("split"),
+            name=keys.matching("name", r"[^./\\][^/\\]*", "the name of a configuration, with no slash in it")
+            if keys.has("name")
+            else None,
+            split=keys.matching("split", r"\w+([.-]\w+)*", "the name of one split (rows are chosen with --rows)"),
             revision=keys.text("revision") if keys.has("revision") else None,
         )
     keys.finish()
@@ -254,9 +257,9 @@ def _answer(keys: "_Keys") -> AnswerSpec:
     return AnswerSpec(type=kind, labels=labels, pattern=pattern)
 
 
-def _suggestion(word: str, words: Iterable[str]) -> str:
+def _suggestion(word: str, words: Iterable[str], question: str = "did you mean") -> str:
     close = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f" ({question} {close[0]}?)" if close else ""
 
 
 class _Keys:
@@ -293,7 +296,8 @@ class _Keys:
         self._known.append(key)
         value = self._content.get(key)
         if value is None and default is _MISSING:
-            self.refuse(key, "the key is required; add it with a value")
+            misspelled = [str(name) for name in self._content if name not in self._known]
+            self.refuse(key, f"the key is required{_suggestion(key, misspelled, 'is it')}; add it with a value")
         return default if value is None else value
 
     def text(self, key: str, default: Any = _MISSING) -> str:
@@ -307,11 +311,11 @@ class _Keys:
     def matching(self, key: str, pattern: str, rule: str) -> str:
         value = self.text(key)
         if not re.fullmatch(pattern, value):
-            self.refuse(key, f"it is {rule}; letters, digits and . _ - are allowed")
+            self.refuse(key, f"it is {rule}; correct it")
         return value
 
     def name(self, key: str) -> str:
-        return self.matching(key, r"\w[\w.-]*", "one name, with no space, slash or bracket in it")
+        return self.matching(key, r"\w[\w.-]*", "one name of letters, digits and . _ -")
 
     def template(self, key: str) -> str:
         value = self.text(key)
@@ -359,8 +363,9 @@ class _Keys:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    short = reprlib.Repr()
+    short.maxstring, short.maxlist, short.maxdict = 200, 10, 10
+    return short.repr(value)
 
 
 def _quote_hint(value: object) -> str:
