@@ -1,0 +1,158 @@
+"""What the JSON files of a run hold: manifest, attempts, lease, results; and which names are ours.
+
+Every file is one object with its schema version. Older versions are read, newer ones refused. Addresses lose their
+credentials on the way to a file. Does not know where the files are.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, TypeAlias, TypeVar
+
+from tale_ray.errors import StoreError
+from tale_ray.store.uris import strip_all
+
+JSON: TypeAlias = Any  # what json.loads returns
+Document = TypeVar("Document")
+
+SCHEMA_VERSION = 1
+MANIFEST = "run.json"
+LEASE = "lease.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a scope or a result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What the run is: written first, before anything is computed."""
+
+    run: str  # the run's name
+    created: str  # ISO 8601, UTC
+    config: Mapping[str, JSON]  # SearchConfig.to_json()
+    identity: Mapping[str, JSON]  # what a resumed run must agree with
+    model: Mapping[str, JSON]
+    task: Mapping[str, JSON]
+    rows: Mapping[str, JSON]  # by split: {"count", "digest"}
+    tokens: Mapping[str, str]  # by split: digest of the token sequences
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One process that worked on the run."""
+
+    attempt: int  # from 1
+    host: str
+    pid: int
+    started: str  # ISO 8601, UTC
+    options: Mapping[str, JSON] = field(default_factory=dict)  # resources and storage, and what changed
+    versions: Mapping[str, str] = field(default_factory=dict)
+    load_seconds: float = 0.0
+    search_seconds: float = 0.0
+    retries: int = 0
+    wasted_rows: int = 0
+    ended: str | None = None  # ISO 8601, UTC
+    how: str | None = None  # "finished", "interrupted" or "failed"
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Who writes to the run, and until when."""
+
+    host: str
+    pid: int
+    process_start: float  # seconds since the boot of the host
+    attempt: int
+    nonce: str
+    expires: float  # Unix seconds
+    renewed: float  # Unix seconds
+    machine: str = ""  # tells apart boots and containers that share a host name
+
+
+def format_time(seconds: float) -> str:
+    """Return Unix seconds as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def dump_json(document: Any) -> bytes:
+    """Return the bytes of a document's file: sorted, indented, with its schema version, without credentials.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON lacks.
+    """
+    content = dict(document) if isinstance(document, Mapping) else asdict(document)
+    content = {**strip_all(content), "schema_version": SCHEMA_VERSION}
+    return (json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def parse_json(data: bytes, path: str, remedy: str) -> dict[str, JSON]:
+    """Return the object in a file of ours, without its schema version.
+
+    Raises:
+        StoreError: truncated, not ours, or written by a newer version.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{path} is truncated or was changed ({error}): it holds one JSON object; {remedy}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        raise StoreError(f"{path} was not written by tale_ray: it has no schema version; {remedy}")
+    check_version(content.pop("schema_version"), path)
+    return content
+
+
+def check_version(version: int, path: str) -> None:
+    """Refuse what a newer tale_ray wrote.
+
+    Raises:
+        StoreError: it did.
+    """
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer tale_ray (schema version {version}; this one reads up to "
+            f"{SCHEMA_VERSION}): update tale_ray"
+        )
+
+
+def _load(kind: type[Document], data: bytes, path: str, remedy: str) -> Document:
+    content = parse_json(data, path, remedy)
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # dataclasses, all three
+    required = {item.name for item in fields(kind) if item.default is item.default_factory is MISSING}  # type: ignore[arg-type]
+    if missing := sorted(required - content.keys()):
+        raise StoreError(f"{path} was changed: {', '.join(missing)} is missing in it; {remedy}")
+    return kind(**{name: value for name, value in content.items() if name in known})
+
+
+def load_manifest(data: bytes, path: str) -> Manifest:
+    """Return the manifest in a file.
+
+    Raises:
+        StoreError: truncated, not ours, or written by a newer version.
+    """
+    return _load(Manifest, data, path, "put back a copy of it, or choose another --run")
+
+
+def load_attempt(data: bytes, path: str) -> AttemptRecord:
+    """Return the attempt in a file.
+
+    Raises:
+        StoreError: truncated, not ours, or written by a newer version.
+    """
+    return _load(AttemptRecord, data, path, "delete it: only what it says of that attempt is lost")
+
+
+def load_lease(data: bytes, path: str) -> Lease:
+    """Return the lease in a file.
+
+    Raises:
+        StoreError: truncated, not ours, or written by a newer version.
+    """
+    lease = _load(Lease, data, path, _LEASE_REMEDY)
+    if not isinstance(lease.pid, int) or lease.pid < 1 or not isinstance(lease.expires, int | float):
+        raise StoreError(f"{path} was changed: pid {lease.pid!r}, expires {lease.expires!r}; {_LEASE_REMEDY}")
+    return lease
+
+
+_LEASE_REMEDY = "make sure that no process writes to the run, then delete it"
