@@ -120,7 +120,7 @@ def _read_files(source: FileSource, folder: Path) -> list[Row]:
 def _read_file(path: Path, file_format: FileFormat) -> list[Row]:
     try:
         if file_format == "parquet":
-            return list(parquet.read_table(path).to_pylist())
+            return _table_rows(parquet.read_table(path))
         if file_format == "csv":
             return _read_csv(path)
         return _read_json(path)
@@ -138,6 +138,12 @@ def _read_csv(path: Path) -> list[Row]:
         table = csv.read_csv(path, parse_options=parse, convert_options=convert)
     if broken := [column.name for column in table.schema if pa.types.is_binary(column.type)]:
         raise ValueError(f"the column {broken[0]!r} is not text in UTF-8")
+    return _table_rows(table)
+
+
+def _table_rows(table: pa.Table) -> list[Row]:
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError(f"two columns have one name: {', '.join(table.column_names)}")
     return list(table.to_pylist())
 
 
