@@ -6,7 +6,8 @@ JSON. All files of one kind have one schema. Does not know where the files are.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,21 +116,22 @@ def load_round(data: bytes, path: str) -> StoredRound:
         StoreError: truncated, not ours, changed, or written by a newer version.
     """
     remedy = "delete it and resume: earlier rounds stay as they are, this one is computed again"
-    rows, texts = _load(data, ROUND_SCHEMA, path, ("attempt", "parent", "digest", "round", "work"), remedy)
-    header = json.loads(texts["round"])
-    names = ("layer", "correct", "seen", "invalid", "status", "seconds")
-    round_ = Round(
-        number=header["number"],
-        removed_layer=header["removed_layer"],
-        removed=tuple(header["removed"]),
-        score=Score(**header["score"]),
-        candidates=tuple(CandidateScore(**{name: row[name] for name in names}) for row in rows),
-        committed=header["committed"],
-    )
-    if digest_round(round_, texts["parent"]) != texts["digest"]:
-        raise StoreError(f"{path} was changed: its digest does not fit its content; {remedy}")
-    work = Work(**json.loads(texts["work"]))
-    return StoredRound(round_, int(texts["attempt"]), work, texts["digest"], texts["parent"])
+    with _damage_named(path, remedy):
+        rows, texts = _load(data, ROUND_SCHEMA, path)
+        header = json.loads(texts["round"])
+        names = ("layer", "correct", "seen", "invalid", "status", "seconds")
+        round_ = Round(
+            number=header["number"],
+            removed_layer=header["removed_layer"],
+            removed=tuple(header["removed"]),
+            score=Score(**header["score"]),
+            candidates=tuple(CandidateScore(**{name: row[name] for name in names}) for row in rows),
+            committed=header["committed"],
+        )
+        if digest_round(round_, texts["parent"]) != texts["digest"]:
+            raise ValueError("its digest does not fit its content")
+        work = Work(**json.loads(texts["work"]))
+        return StoredRound(round_, int(texts["attempt"]), work, texts["digest"], texts["parent"])
 
 
 def dump_unit(result: UnitResult, row_digests: Sequence[str], attempt: int, run: str) -> bytes:
@@ -162,20 +164,21 @@ def load_unit(data: bytes, path: str) -> UnitResult:
         StoreError: truncated, not ours, or written by a newer version.
     """
     remedy = "delete it and resume: its rows are scored again"
-    rows, texts = _load(data, UNIT_SCHEMA, path, ("unit", "result"), remedy)
-    fields = json.loads(texts["unit"])
-    sequences: dict[str, Any] = {name: tuple(fields[name]) for name in ("removed", "candidates", "rows")}
-    unit = WorkUnit(number=fields["number"], scope=fields["scope"], split=fields["split"], **sequences)
-    header = json.loads(texts["result"])
-    answers = _answers(rows)
-    if len(answers) != len(header["candidates"]) * len(unit.rows):
-        raise StoreError(f"{path} was changed: {len(answers)} rows for {unit.candidate_rows} candidate rows; {remedy}")
-    width = len(unit.rows)
-    candidates = tuple(
-        CandidateAnswers(layer, answers[index * width : (index + 1) * width], seconds)
-        for index, (layer, seconds) in enumerate(header["candidates"])
-    )
-    return UnitResult(unit, candidates, header["layer_applications"], header["seconds"], header["worker"])
+    with _damage_named(path, remedy):
+        rows, texts = _load(data, UNIT_SCHEMA, path)
+        fields = json.loads(texts["unit"])
+        sequences: dict[str, Any] = {name: tuple(fields[name]) for name in ("removed", "candidates", "rows")}
+        unit = WorkUnit(number=fields["number"], scope=fields["scope"], split=fields["split"], **sequences)
+        header = json.loads(texts["result"])
+        answers = _answers(rows)
+        width = len(unit.rows)
+        if len(answers) != len(header["candidates"]) * width:
+            raise ValueError(f"{len(answers)} answers of {len(header['candidates'])} candidates on {width} rows")
+        candidates = tuple(
+            CandidateAnswers(layer, answers[index * width : (index + 1) * width], seconds)
+            for index, (layer, seconds) in enumerate(header["candidates"])
+        )
+        return UnitResult(unit, candidates, header["layer_applications"], header["seconds"], header["worker"])
 
 
 def dump_sheet(sheet: AnswerSheet, attempt: int, run: str) -> bytes:
@@ -197,14 +200,15 @@ def load_sheet(data: bytes, path: str) -> AnswerSheet:
         StoreError: truncated, not ours, or written by a newer version.
     """
     remedy = "delete it: no decision of the search depends on it"
-    rows, texts = _load(data, SHEET_SCHEMA, path, ("scope", "split"), remedy)
-    return AnswerSheet(
-        scope=texts["scope"],
-        split=texts["split"],
-        row_digests=tuple(row["row_digest"] for row in rows),
-        targets=tuple(row["target"] for row in rows),
-        answers=_answers(rows),
-    )
+    with _damage_named(path, remedy):
+        rows, texts = _load(data, SHEET_SCHEMA, path)
+        return AnswerSheet(
+            scope=texts["scope"],
+            split=texts["split"],
+            row_digests=tuple(row["row_digest"] for row in rows),
+            targets=tuple(row["target"] for row in rows),
+            answers=_answers(rows),
+        )
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[RowAnswer, ...]:
@@ -219,17 +223,24 @@ def _dump(rows: list[dict[str, Any]], schema: Any, texts: Mapping[str, str]) -> 
     return bytes(sink.getvalue())
 
 
-def _load(
-    data: bytes, schema: Any, path: str, names: Sequence[str], remedy: str
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+@contextmanager
+def _damage_named(path: str, remedy: str) -> Iterator[None]:
     try:
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
-        texts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{path} is truncated or was changed ({error}): it cannot be read; {remedy}") from error
-    if not texts.get("schema_version", "").isdecimal():
-        raise StoreError(f"{path} was not written by tale_ray: it has no schema version; {remedy}")
+        yield
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"{path} is truncated or was changed ({error}): files stay as tale_ray wrote them; {remedy}"
+        ) from error
+
+
+def _load(data: bytes, schema: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    texts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if "schema_version" not in texts:
+        raise ValueError("it has no schema version, so tale_ray did not write it")
     check_version(int(texts["schema_version"]), path)
-    if not table.schema.equals(schema) or not all(name in texts for name in names):
-        raise StoreError(f"{path} was changed: its columns or metadata are not those of its kind; {remedy}")
+    if not table.schema.equals(schema):
+        raise ValueError(f"its columns are {', '.join(table.column_names)}, not {', '.join(schema.names)}")
     return table.to_pylist(), texts
