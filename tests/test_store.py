@@ -508,6 +508,7 @@ def test_a_kill_at_any_step_leaves_old_or_new(
     after = contents(tmp_path)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert len(changed) == (1 if step == "after_rename" else 0)
+    assert {path.suffix for path in tmp_path.rglob("_*")} <= {".part", ".lock"}  # no pattern like *.parquet fits
     RunReader(str(tmp_path)).check()
     writer.close()
     with RunWriter.claim(str(tmp_path)) as writer:
@@ -621,8 +622,6 @@ def test_a_write_after_the_lease_is_lost_leaves_nothing(tmp_path: Path) -> None:
 def test_files_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither rename nor lock, as on an object store: one write, and the lease settles."""
     elsewhere = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
-    for folder in ("run/rounds", "run/attempts", "run/answers"):
-        (tmp_path / folder).mkdir(parents=True)
 
     class Elsewhere:
         @staticmethod

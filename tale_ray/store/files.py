@@ -27,7 +27,9 @@ from tale_ray.store.uris import strip_credentials
 logger = logging.getLogger("tale_ray.store")
 Result = TypeVar("Result")
 
-TEMPORARY = "_tmp-"  # starts the name of a file that is not complete yet; dataset readers skip names with _
+# Files that are not complete yet: dataset readers pass over the beginning of the name, patterns like *.parquet its end.
+TEMPORARY = "_tmp-"
+PART = ".part"
 LOCK = "_lease.lock"
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # waits between the tries of one write
 LOCK_SECONDS = 10.0
@@ -178,7 +180,12 @@ class Files:
         """As `write`, in one try; an error of the file system is passed on."""
         if self._local is None:
             allowed()
-            with self._system.open_output_stream(self.path(name)) as stream:
+            try:
+                stream = self._system.open_output_stream(self.path(name))
+            except FileNotFoundError:  # a file system that has folders
+                self._system.create_dir(self.path(name.rpartition("/")[0]))
+                stream = self._system.open_output_stream(self.path(name))
+            with stream:
                 stream.write(data)
         else:
             with self._temporary(self._local / name, data) as temporary:
@@ -206,7 +213,7 @@ class Files:
     @contextmanager
     def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
         _make_folder(path.parent)
-        temporary = path.parent / f"{TEMPORARY}{self._token}-{next(self._numbers)}-{path.name}"
+        temporary = path.parent / f"{TEMPORARY}{self._token}-{next(self._numbers)}-{path.name}{PART}"
         try:
             with temporary.open("xb") as file:
                 file.write(data)
