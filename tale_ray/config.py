@@ -5,6 +5,7 @@ What can change a prediction or a decision is the run's *identity* (see `SearchC
 devices, batch budget and folders are not part of it and may differ from one attempt to the next.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
@@ -74,6 +75,38 @@ def parse_splits(text: str) -> dict[SplitName, str]:
     return shares
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration: `90`, `90s`, `30m`, `1h30m`.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if not match or not any(match.groups()):
+        raise ConfigError(f"duration {text!r} is not understood: give seconds, or like 30m, 2h, 1h30m")
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size: `1048576`, `256MiB`, `8GiB`, `2GB`.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"size {text!r} is not understood: give bytes, or like 256MiB, 8GiB")
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix.upper()) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def splits_text(splits: Mapping[SplitName, str]) -> str:
+    """Return the shares of splits as on the command line."""
+    return ",".join(f"{name}={share}" for name, share in splits.items())
+
+
 def _at_least(value: float | None, minimum: float, name: str, remedy: str) -> None:
     if value is not None and not value >= minimum:
         raise ConfigError(f"{name} {value} is too small: it is at least {minimum}; {remedy}")
@@ -115,19 +148,16 @@ class TaskSection:
         shares = self.shares
         if sum(shares.values()) > 1:
             total = float(sum(shares.values()))
-            raise ConfigError(f"splits {self.splits_text!r} sum to {total:g}: shares sum to at most 1; lower one")
+            raise ConfigError(
+                f"splits {splits_text(self.splits)!r} sum to {total:g}: shares sum to at most 1; lower one"
+            )
         if not shares.get("search"):
-            raise ConfigError(f"splits {self.splits_text!r} leave no search rows: give search a share above 0")
+            raise ConfigError(f"splits {splits_text(self.splits)!r} leave no search rows: give search a share above 0")
 
     @property
     def shares(self) -> dict[SplitName, Fraction]:
         """Share of the rows by split, exactly as written."""
         return {name: _share(share, f"share of the {name} split") for name, share in self.splits.items()}
-
-    @property
-    def splits_text(self) -> str:
-        """The splits as on the command line."""
-        return ",".join(f"{name}={share}" for name, share in self.splits.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

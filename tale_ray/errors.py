@@ -12,7 +12,8 @@
     │   ├── LeaseLost                    somebody else took the run over
     │   └── StorageAway                  the storage failed again and again
     ├── BaselineZero                 1   the full model answers no row correctly
-    └── PoisonUnit                   1   a unit of work failed on every try
+    ├── PoisonUnit                   1   a unit of work failed on every try
+    └── WorkersLost                  1   every worker died again and again
 
 Every error carries one message and nothing else, so each survives pickling between processes.
 """
@@ -74,3 +75,7 @@ class BaselineZero(TaleRayError):
 
 class PoisonUnit(TaleRayError):
     """One unit of work failed on every try that it was given."""
+
+
+class WorkersLost(TaleRayError):
+    """Every worker died again and again, so that no unit can be finished."""

@@ -1,0 +1,34 @@
+"""Making an executor, with the questions that its workers answer."""
+
+from collections.abc import Mapping, Sequence
+
+from tale_ray.attempt.rows import PreparedRows
+from tale_ray.cluster.local import LocalExecutor
+from tale_ray.config import SearchConfig
+from tale_ray.records import PromptRow, SplitName
+from tale_ray.search.executor import Executor, Questions
+from tale_ray.tasks.prompts import digest_tokens
+
+
+def make_executor(config: SearchConfig, name: str) -> Executor:
+    """Return the executor that a configuration asks for; nothing is started yet. `name` appears in Ray's lists."""
+    if config.resources.local:
+        return LocalExecutor(config.model, config.dtype, config.resources)
+    from tale_ray.cluster.ray_executor import RayExecutor  # importing ray takes a second
+
+    return RayExecutor(config.model, config.dtype, config.resources, name)
+
+
+def encode_questions(executor: Executor, prepared: PreparedRows) -> Questions:
+    """Return the rows as the loaded model is asked them.
+
+    Raises:
+        TaskError: the chat template rejects a prompt.
+    """
+    rows = {split: executor.encode(examples) for split, examples in prepared.examples.items()}
+    return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
+
+
+def token_digests(rows: Mapping[SplitName, Sequence[PromptRow]]) -> dict[str, str]:
+    """Return the SHA-256 of the token sequences of every split."""
+    return {split: digest_tokens(row.token_ids for row in prompt_rows) for split, prompt_rows in rows.items()}

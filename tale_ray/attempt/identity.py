@@ -1,0 +1,73 @@
+"""What makes two attempts the same run: everything that can change a prediction or a decision, and nothing else."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tale_ray.attempt.rows import PreparedRows
+from tale_ray.config import SearchConfig
+from tale_ray.tasks.splits import digest_rows
+
+
+def run_identity(config: SearchConfig, prepared: PreparedRows, model_digest: str) -> dict[str, Any]:
+    """Return the identity as flat JSON values, so that two of them can be compared line by line."""
+    task = {f"task.{name}": value for name, value in prepared.spec.identity().items()}
+    rows = {
+        f"rows.{split}": f"{len(examples)} rows, SHA-256 {digest_rows([example.digest for example in examples])}"
+        for split, examples in prepared.examples.items()
+    }
+    return {"model": model_digest, **config.decision_options(), **task, **rows}
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of an identity, hex."""
+    canonical = json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Return in words what would change a decision that was taken.
+
+    A larger epsilon or a larger limit on removed layers continues a run: every committed round stands under them.
+    """
+    return [
+        f"{name}: the run has {_short(stored.get(name))}, asked for is {_short(asked.get(name))}"
+        for name in sorted({*stored, *asked})
+        if stored.get(name) != asked.get(name) and not _continues(name, stored.get(name), asked.get(name))
+    ]
+
+
+def _continues(name: str, stored: Any, asked: Any) -> bool:
+    if name == "epsilon":
+        return Fraction(asked) > Fraction(stored)
+    if name == "max_removed":
+        return stored is not None and (asked is None or asked > stored)
+    return False
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def with_absolute_paths(config: SearchConfig) -> SearchConfig:
+    """Return the configuration with existing folders and files made absolute, so that it means the same elsewhere."""
+    model, task, data_root = config.model.model, config.task.task, config.task.data_root
+    return replace(
+        config,
+        model=replace(config.model, model=model if model == "bundled" else _absolute(model, Path.is_dir)),
+        task=replace(
+            config.task,
+            task=_absolute(task, Path.is_file),
+            data_root=None if data_root is None else _absolute(data_root, Path.is_dir),
+        ),
+    )
+
+
+def _absolute(text: str, is_meant: Callable[[Path], bool]) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if is_meant(path) else text

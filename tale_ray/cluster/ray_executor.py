@@ -1,0 +1,233 @@
+"""Workers on Ray: actors that load the model once, replaced when they die.
+
+A worker that dies is replaced by a new actor under the same name (docs/adr says why Ray's own restarts are not
+used). The driver's process imports neither torch nor transformers.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from tale_ray.cluster.actor import WorkerActor
+from tale_ray.cluster.connection import check_feasible, connected, describe_cluster
+from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.errors import InfeasibleError, ModelError, TaleRayError, WorkersLost
+from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+
+logger = logging.getLogger("tale_ray.cluster")
+
+MAX_STARTS_IN_VAIN = 3  # of one worker, without a finished unit in between
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One worker: its present actor and the calls that it has not answered."""
+
+    name: str
+    actor: Any = None
+    info: ModelInfo | None = None
+    starting: Any = None  # the call that is awaited before the worker joins
+    sharing: Any = None
+    units: dict[Any, WorkUnit] = field(default_factory=dict)  # by object reference
+    starts_in_vain: int = 0
+
+    def calls(self) -> list[Any]:
+        return [ref for ref in (self.starting, self.sharing) if ref is not None] + list(self.units)
+
+
+class RayExecutor:
+    """Up to `resources.workers` actors on the cluster at `resources.address`, or on a private one."""
+
+    def __init__(self, section: ModelSection, dtype: str, resources: ResourceSection, name: str = "search") -> None:
+        self._section = section
+        self._dtype = dtype
+        self._resources = resources
+        self._name = name
+        self._stack = contextlib.ExitStack()
+        self._slots: list[_Slot] = []
+        self._questions: Any = None
+        self._info: ModelInfo | None = None
+
+    # The Executor protocol.
+
+    def connect(self) -> None:
+        """Join or start the cluster, and check that a worker fits some node of it."""
+        self._stack.enter_context(connected(self._resources.address))
+        check_feasible(self._resources)
+
+    def load(self) -> ModelInfo:
+        """Start the workers, and wait until the first has loaded the model."""
+        self._slots = [_Slot(name=f"worker-{number}") for number in range(self._num_workers())]
+        for slot in self._slots:
+            self._start(slot)
+        self._await_place()
+        while self._info is None:
+            self._collect(1.0)
+        return self._info
+
+    def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
+        """Return the examples as token ids, by the first worker that has loaded."""
+        slot = next(slot for slot in self._slots if slot.info is not None)
+        try:
+            rows: tuple[PromptRow, ...] = ray.get(slot.actor.encode.remote(examples))
+        except RayTaskError as error:
+            raise _refusal(error) or error from None
+        return rows
+
+    def share(self, questions: Questions) -> None:
+        """Put the questions into the object store once; every worker fetches them before it joins."""
+        self._questions = ray.put(questions)
+        for slot in self._slots:
+            if slot.info is not None:
+                slot.sharing = slot.actor.share.remote(self._questions)
+
+    def submit(self, worker: str, unit: WorkUnit) -> None:
+        """Queue the unit at the worker's actor."""
+        slot = next(slot for slot in self._slots if slot.name == worker)
+        slot.units[slot.actor.score.remote(unit)] = unit
+
+    def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:
+        """Return what the workers have answered; waits for the first answer only."""
+        return tuple(self._collect(timeout_seconds))
+
+    def close(self) -> None:
+        """Kill the actors (a dropped handle would leave its GPU memory taken) and leave the cluster."""
+        for slot in self._slots:
+            if slot.actor is not None and ray.is_initialized():
+                ray.kill(slot.actor)
+        self._slots = []
+        self._stack.close()
+
+    # Workers come and go.
+
+    def _num_workers(self) -> int:
+        """Return how many workers are started: as many as fit the cluster as it is, unless the number is given."""
+        if self._resources.workers is not None:
+            return self._resources.workers
+        present = ray.cluster_resources()
+        fits = int(present.get("CPU", 0) // self._resources.cpus_per_worker)
+        if self._resources.gpus_per_worker:
+            fits = min(fits, int(present.get("GPU", 0) // self._resources.gpus_per_worker))
+        return max(1, fits)
+
+    def _start(self, slot: _Slot) -> None:
+        actor_class = ray.remote(WorkerActor).options(
+            num_cpus=self._resources.cpus_per_worker,
+            num_gpus=self._resources.gpus_per_worker,
+            name=f"tale/{self._name}/{slot.name}/{time.time_ns():x}",
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        slot.actor = actor_class.remote(slot.name, self._resources)
+        slot.info = None
+        slot.starting = slot.actor.load.remote(self._section, self._dtype)
+
+    def _await_place(self) -> None:
+        """Wait until one worker runs somewhere; loading may take longer and is not limited.
+
+        Raises:
+            InfeasibleError: none found a place in time.
+        """
+        places = [slot.actor.place.remote() for slot in self._slots]
+        deadline = time.monotonic() + self._resources.wait_resources_seconds
+        while True:
+            placed, _ = ray.wait(places, timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            if placed:
+                return
+            if time.monotonic() >= deadline:
+                raise InfeasibleError(
+                    f"no worker found a place within {self._resources.wait_resources_seconds:g} s: each needs "
+                    f"{self._resources.cpus_per_worker} CPUs and {self._resources.gpus_per_worker} GPUs, and "
+                    f"{describe_cluster()}. Wait until others are done, ask for less, or raise --wait-resources"
+                )
+
+    def _lose(self, slot: _Slot, reason: str) -> WorkerLost:
+        """Replace the actor, or give the worker up if it keeps dying.
+
+        Raises:
+            WorkersLost: that was the last one.
+        """
+        logger.warning("%s is lost: %s", slot.name, reason)
+        ray.kill(slot.actor)
+        slot.units.clear()
+        slot.starting = slot.sharing = slot.info = slot.actor = None
+        slot.starts_in_vain += 1
+        if slot.starts_in_vain < MAX_STARTS_IN_VAIN:
+            self._start(slot)
+        elif all(other.actor is None for other in self._slots):
+            raise WorkersLost(
+                f"every worker died {MAX_STARTS_IN_VAIN} times without finishing a unit; the last one because: "
+                f"{reason}. Look at its memory use; then go on with `tale-ray resume`"
+            )
+        return WorkerLost(slot.name, reason)
+
+    # Answers.
+
+    def _collect(self, timeout_seconds: float) -> list[WorkerEvent]:
+        owners = {ref: slot for slot in self._slots for ref in slot.calls()}
+        if not owners:
+            return []
+        ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        if ready:
+            ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
+        return [
+            event
+            for ref in ready
+            if ref in owners[ref].calls()  # not one of a worker that was lost a moment ago
+            for event in self._answer(owners[ref], ref)
+        ]
+
+    def _answer(self, slot: _Slot, ref: Any) -> list[WorkerEvent]:
+        try:
+            value = ray.get(ref, timeout=60)
+        except RayActorError as error:
+            return [self._lose(slot, str(error))]
+        except GetTimeoutError as error:
+            return [self._lose(slot, f"its answer could not be fetched: {error}")]
+        except RayTaskError as error:
+            return self._failed(slot, ref, error)
+        if ref == slot.starting:
+            return self._loaded(slot, value)
+        if ref == slot.sharing:
+            slot.sharing = None
+            return [WorkerJoined(slot.name)]
+        del slot.units[ref]
+        slot.starts_in_vain = 0
+        result: UnitResult = value
+        return [UnitDone(slot.name, result)]
+
+    def _loaded(self, slot: _Slot, info: ModelInfo) -> list[WorkerEvent]:
+        slot.starting = None
+        slot.info = info
+        self._info = self._info or info
+        if (info.digest, info.num_layers, info.dtype) != (self._info.digest, self._info.num_layers, self._info.dtype):
+            raise ModelError(
+                f"{slot.name} loaded another model from {self._section.model} than the first worker did "
+                f"(digest {info.digest[:12]} in {info.dtype}, not {self._info.digest[:12]} in {self._info.dtype}): "
+                "put the same files on every node"
+            )
+        if self._questions is not None:
+            slot.sharing = slot.actor.share.remote(self._questions)
+        return []
+
+    def _failed(self, slot: _Slot, ref: Any, error: RayTaskError) -> list[WorkerEvent]:
+        """Tell of an error that the worker's process survived."""
+        refusal = _refusal(error)
+        if ref in slot.units:
+            return [UnitFailed(slot.name, slot.units.pop(ref), str(error), refusal)]
+        if refusal is not None:  # while loading: the same anywhere
+            raise refusal
+        return [self._lose(slot, str(error))]
+
+
+def _refusal(error: RayTaskError) -> TaleRayError | None:
+    """Return the error that the worker raised on purpose, or None if it was raised by accident."""
+    cause = error.cause
+    return cause if isinstance(cause, TaleRayError) else None

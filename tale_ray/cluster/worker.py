@@ -1,0 +1,64 @@
+"""What a worker does, wherever it runs: load a model once, encode prompts, score units.
+
+The only module of this room that imports torch; it is imported inside workers, and in process for `--local`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from tale_ray.config import ModelSection
+from tale_ray.engine.score import score_unit
+from tale_ray.model.load import LoadedModel, load_model
+from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.search.executor import Questions
+from tale_ray.tasks.prompts import encode
+
+
+class Worker:
+    """One loaded model and the questions that it is asked."""
+
+    def __init__(self, name: str, section: ModelSection, dtype: str, batch_bytes: int | None) -> None:
+        self._name = name
+        self._batch_bytes = batch_bytes
+        self._loaded: LoadedModel = load_model(section, dtype)
+        self._questions: Questions | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is to be known of the model."""
+        return self._loaded.info
+
+    def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
+        """Return the examples as token ids."""
+        tokenizer = self._loaded.tokenizer
+        return tuple(
+            PromptRow(token_ids=encode(tokenizer, example.messages), target=example.target) for example in examples
+        )
+
+    def share(self, questions: Questions) -> None:
+        """Take the questions that units refer to."""
+        self._questions = questions
+
+    def score(self, unit: WorkUnit) -> UnitResult:
+        """Return the answers of every candidate of the unit to its rows."""
+        assert self._questions is not None, "questions are shared before units are submitted"
+        return score_unit(
+            self._loaded,
+            unit,
+            self._questions.rows[unit.split],
+            self._questions.answer,
+            self._questions.max_new_tokens,
+            self._batch_bytes,
+            self._name,
+        )
+
+
+def limit_threads(num_threads: int) -> None:
+    """Let torch use this many CPU threads in this process."""
+    torch.set_num_threads(num_threads)
+
+
+def visible_gpus() -> int:
+    """Return how many GPUs this process sees."""
+    return torch.cuda.device_count()

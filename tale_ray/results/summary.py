@@ -1,0 +1,150 @@
+"""What a run folder says of itself: the fields of `tale-ray show --json`, read from storage alone."""
+
+import time
+from typing import Any
+
+from tale_ray.config import SearchConfig
+from tale_ray.records import CandidateScore, Round, Score, SplitName, StopReason, Work
+from tale_ray.search.history import History
+from tale_ray.search.strategy import make_strategy
+from tale_ray.store.documents import Manifest
+from tale_ray.store.lease import holder_state
+from tale_ray.store.reader import RunReader
+
+SHOWN_SPLITS: tuple[SplitName, ...] = ("shots", "search", "select", "test")
+
+
+def stored_history(reader: RunReader, manifest: Manifest) -> History:
+    """Return the finished rounds of a run."""
+    return History.of(
+        (stored.round for stored in reader.rounds()),
+        num_layers=manifest.model["num_layers"],
+        start=tuple(manifest.config["strategy"]["remove"]),
+    )
+
+
+def stop_reason(history: History, config: SearchConfig) -> StopReason | None:
+    """Return why no round follows, or None if one does."""
+    if not history.rounds:
+        return None
+    proposal = make_strategy(config.strategy).propose(history)
+    return proposal if isinstance(proposal, StopReason) else None
+
+
+def summarize(reader: RunReader) -> dict[str, Any]:
+    """Return the summary of a run, at any time of its life, as JSON values.
+
+    Raises:
+        StoreError: there is no run, or a file of it is damaged.
+    """
+    lease = reader.lease()
+    is_held = lease is not None and holder_state(lease, time.time()) in ("alive", "unknown")
+    if is_held and not reader.exists():
+        return _skeleton(reader.uri)
+    manifest = reader.manifest()
+    config = SearchConfig.from_json(manifest.config)
+    history = stored_history(reader, manifest)
+    attempts = reader.attempts()
+    reason = stop_reason(history, config)
+    failed = bool(attempts) and attempts[-1].how == "failed"
+    if is_held:
+        state = "running"
+    elif reason is not None and reason is not StopReason.BASELINE_ZERO:
+        state = "finished"
+    else:
+        state = "failed" if failed or reason is StopReason.BASELINE_ZERO else "interrupted"
+    if reason is None and not is_held:
+        reason = StopReason.ERROR if failed else StopReason.INTERRUPTED
+    work = sum((stored.work for stored in reader.rounds()), _partial_work(reader, history))
+    return {
+        **_skeleton(reader.uri),
+        "state": state,
+        "model": manifest.config["model"]["model"],
+        "task": manifest.task["name"],
+        "num_layers": history.num_layers,
+        "epsilon": float(config.strategy.epsilon),
+        "rows": {split: manifest.rows.get(split, {}).get("count", 0) for split in SHOWN_SPLITS},
+        "baseline": _score(history.baseline) if history.rounds else None,
+        "rounds": [_round(entry) for entry in history.rounds[1:]],
+        "rejected_round": _round(history.rejected) if history.rejected else None,
+        **({name: _pick(getattr(history, name)) for name in ("best", "bsba", "final")} if history.rounds else {}),
+        "test": reader.result("test"),
+        "stop_reason": None if reason is None else str(reason),
+        "attempts": len(attempts),
+        "seconds": {
+            "load": round(sum(attempt.load_seconds for attempt in attempts), 3),
+            "search": round(sum(attempt.search_seconds for attempt in attempts), 3),
+        },
+        "work": {
+            "units": work.units,
+            "candidate_rows": work.candidate_rows,
+            "layer_applications": work.layer_applications,
+            "retries": sum(attempt.retries for attempt in attempts),
+            "wasted_rows": sum(attempt.wasted_rows for attempt in attempts),
+        },
+    }
+
+
+def _skeleton(uri: str) -> dict[str, Any]:
+    """Return every field as it is before anything is known."""
+    return {
+        "run": uri,
+        "state": "running",
+        "model": None,
+        "task": None,
+        "num_layers": None,
+        "epsilon": None,
+        "rows": dict.fromkeys(SHOWN_SPLITS, 0),
+        "baseline": None,
+        "rounds": [],
+        "rejected_round": None,
+        **dict.fromkeys(("best", "bsba", "final", "selected", "test", "optimism", "stop_reason")),
+        "attempts": 0,
+        "seconds": {"load": 0.0, "search": 0.0},
+        "work": dict.fromkeys(("units", "candidate_rows", "layer_applications", "retries", "wasted_rows"), 0),
+    }
+
+
+def _partial_work(reader: RunReader, history: History) -> Work:
+    """Return the work of units whose round is not finished yet."""
+    finished = len(history.rounds) + (history.rejected is not None)
+    work = Work()
+    for scope in reader.partial_scopes():
+        kind, _, number = scope.partition("-")
+        if kind == "round" and int(number) >= finished:
+            for result in reader.unit_results(scope):
+                cells = result.unit.candidate_rows if int(number) else 0
+                work += Work(units=1, candidate_rows=cells, layer_applications=result.layer_applications)
+    return work
+
+
+def _score(score: Score) -> dict[str, int]:
+    return {"correct": score.correct, "total": score.total, "invalid": score.invalid}
+
+
+def _round(entry: Round) -> dict[str, Any]:
+    return {
+        "round": entry.number,
+        "removed_layer": entry.removed_layer,
+        "removed": list(entry.removed),
+        **_score(entry.score),
+        "candidates": [_candidate(candidate) for candidate in entry.candidates],
+    }
+
+
+def _candidate(candidate: CandidateScore) -> dict[str, Any]:
+    return {
+        "layer": candidate.layer,
+        "correct": candidate.correct,
+        "seen": candidate.seen,
+        "status": candidate.status,
+    }
+
+
+def _pick(entry: Round) -> dict[str, Any]:
+    return {
+        "round": entry.number,
+        "removed": list(entry.removed),
+        "correct": entry.score.correct,
+        "total": entry.score.total,
+    }

@@ -1,0 +1,105 @@
+"""The workers of one attempt, and the loop that passes their events to a scheduler and its units to them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tale_ray.errors import PoisonUnit
+from tale_ray.records import CandidateScore
+from tale_ray.search.executor import Executor, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.search.interruption import Interruption
+from tale_ray.search.scheduler import GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringAdvanced:
+    """Some time has passed, or units are finished."""
+
+    scoring: Scoring
+    done_cells: int
+    total_cells: int
+    leader: CandidateScore | None  # of those scored on all rows
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRetried:
+    """A unit was lost, with its worker or by an error, and goes to another worker."""
+
+    unit: int
+    scope: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChanged:
+    """A worker has joined or is gone."""
+
+    worker: str
+    num_workers: int
+    lost_because: str | None
+
+
+PoolEvent: TypeAlias = ScoringAdvanced | UnitRetried | WorkersChanged
+
+
+class Pool:
+    """An executor and the workers that have joined it so far."""
+
+    def __init__(self, executor: Executor, interruption: Interruption) -> None:
+        self.workers: dict[str, None] = {}  # in order of joining
+        self._executor = executor
+        self._interruption = interruption
+
+    def run(self, scheduler: Scheduler) -> Iterator[Keep | PoolEvent]:
+        """Work until the scheduler is finished. A `Keep` is to be stored before the next step is asked for.
+
+        Raises:
+            Interrupted: asked to stop.
+            PoisonUnit: a unit failed on every try.
+            TaleRayError: a worker refused a unit for a reason that would be the same anywhere.
+        """
+        yield from self._obey(scheduler.start())
+        while not scheduler.finished:
+            with self._interruption.breakable():
+                events = self._executor.poll(POLL_SECONDS)
+            for event in events:
+                yield from self._note(event)
+                yield from self._obey(scheduler.handle(event))
+            yield ScoringAdvanced(
+                scheduler.scoring, scheduler.done_cells, scheduler.total_cells, _leader(scheduler), len(self.workers)
+            )
+            self._interruption.check()
+
+    def _note(self, event: WorkerEvent) -> Iterator[PoolEvent]:
+        match event:
+            case WorkerJoined(worker):
+                self.workers[worker] = None
+                yield WorkersChanged(worker, len(self.workers), None)
+            case WorkerLost(worker, reason):
+                self.workers.pop(worker, None)
+                yield WorkersChanged(worker, len(self.workers), reason)
+            case UnitFailed(refusal=refusal) if refusal is not None:
+                raise refusal
+
+    def _obey(self, instructions: Sequence[Instruction]) -> Iterator[Keep | PoolEvent]:
+        for instruction in instructions:
+            match instruction:
+                case Submit(worker, unit):
+                    self._executor.submit(worker, unit)
+                case Keep():
+                    yield instruction
+                case Retry(unit, reason):
+                    yield UnitRetried(unit.number, unit.scope, reason)
+                case GiveUp(unit, reason):
+                    raise PoisonUnit(
+                        f"unit {unit.number} of {unit.scope} (candidates {unit.candidates}, rows {unit.rows}) failed "
+                        f"on every try; the last error was: {reason}. Everything else that was finished is kept"
+                    )
+
+
+def _leader(scheduler: Scheduler) -> CandidateScore | None:
+    exact = (score for score in scheduler.scores() if score.status == "exact")
+    return max(exact, key=lambda score: (score.correct, -(score.layer or 0)), default=None)

@@ -1,0 +1,81 @@
+"""Which candidates a round scores, and what is made of their scores: two pure functions of history.
+
+`Tale` is task-aware layer elimination (TELL-TALE, arXiv 2510.22767). All decisions are made on integers and exact
+fractions; in floats 55 - 0.08 * 100 is above 47, and a search would stop a layer early.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+from tale_ray.config import EpsilonMode, StrategySection, parse_epsilon
+from tale_ray.records import CandidateScore, Score, StopReason
+from tale_ray.search.history import History
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The winner of a round and whether it is committed."""
+
+    winner: CandidateScore
+    accepted: bool
+
+
+class Strategy(Protocol):
+    """A search strategy. Implementations are frozen and keep no state: everything they know is the history."""
+
+    def propose(self, history: History) -> tuple[int, ...] | StopReason:
+        """Return the layers whose removal the next round scores, or why there is no next round."""
+        ...
+
+    def decide(self, history: History, scores: Sequence[CandidateScore]) -> Decision:
+        """Return the winner among the scores of the proposed candidates."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tale:
+    """Greedy removal of the layer that the task misses least, as long as accuracy stays above the floor."""
+
+    epsilon: Fraction
+    epsilon_mode: EpsilonMode = "baseline"
+    max_removed: int | None = None
+    keep_layers: frozenset[int] = frozenset()
+
+    def propose(self, history: History) -> tuple[int, ...] | StopReason:
+        """Return every surviving layer that may be removed, or why the search ends."""
+        if history.baseline.correct == 0:
+            return StopReason.BASELINE_ZERO
+        if history.rejected is not None and not self._reaches_floor(history, history.rejected.score.correct):
+            return StopReason.BELOW_FLOOR
+        if self.max_removed is not None and len(history.removed) >= self.max_removed:
+            return StopReason.MAX_REMOVED
+        if len(history.surviving) == 1:
+            return StopReason.ONE_LAYER_LEFT
+        candidates = tuple(layer for layer in history.surviving if layer not in self.keep_layers)
+        return candidates or StopReason.NO_CANDIDATES
+
+    def decide(self, history: History, scores: Sequence[CandidateScore]) -> Decision:
+        """Return the candidate with most correct rows, ties to the lowest layer, and whether it reaches the floor."""
+        exact = [score for score in scores if score.status == "exact" and score.layer is not None]
+        winner = max(exact, key=lambda score: (score.correct, -(score.layer or 0)))
+        return Decision(winner=winner, accepted=self._reaches_floor(history, winner.correct))
+
+    def floor(self, history: History) -> Fraction:
+        """Return the number of correct rows below which a winner is rejected (not rounded)."""
+        reference: Score = history.baseline if self.epsilon_mode == "baseline" else history.final.score
+        return reference.correct - self.epsilon * reference.total
+
+    def _reaches_floor(self, history: History, correct: int) -> bool:
+        return correct >= self.floor(history)
+
+
+def make_strategy(section: StrategySection) -> Strategy:
+    """Return the strategy that a configuration describes."""
+    return Tale(
+        epsilon=parse_epsilon(section.epsilon),
+        epsilon_mode=section.epsilon_mode,
+        max_removed=section.max_removed,
+        keep_layers=frozenset(section.keep_layers),
+    )
