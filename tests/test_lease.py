@@ -255,6 +255,27 @@ def test_without_hard_links_or_locks_the_lease_settles(
         RunWriter.claim(str(tmp_path), clock=time_.clock, wait=False)
 
 
+def test_rivals_are_kept_out_between_look_and_takeover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
+) -> None:
+    monkeypatch.setattr(store_files, "LOCK_SECONDS", 0.0)
+    put_lease(tmp_path, replace(ME, expires=NOW))
+    real, refusals = process_start, []
+
+    def rival(pid: int) -> float:
+        if (lease := RunReader(str(tmp_path)).lease()) is not None and lease.nonce == ME.nonce:
+            with pytest.raises(StorageAway):
+                RunWriter.claim(str(tmp_path), clock=Clock(lambda: NOW, lambda seconds: None))
+            refusals.append(pid)
+        return real(pid)
+
+    monkeypatch.setattr(store_lease, "process_start", rival)
+    monkeypatch.setattr(store_lease, "_is_gone", lambda pid, start: False)
+    with RunWriter.claim(str(tmp_path), clock=time_.clock) as writer:
+        assert writer.attempt == 5
+    assert refusals == [os.getpid()]
+
+
 def test_a_lock_that_never_frees_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
 ) -> None:
