@@ -69,7 +69,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "gpt_oss": lambda: tf.GptOssConfig(
         **_sizes(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    "bloom": lambda: tf.BloomConfig(
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.3},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "lfm2": lambda: tf.Lfm2Config(**_sizes(), layer_types=["conv", _FULL, "conv", _FULL]),
     "deepseek_v3": lambda: tf.DeepseekV3Config(
         **{**_WITHOUT_HEAD_DIM, "num_key_value_heads": 4},
         **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},

@@ -79,7 +79,8 @@ def score_unit(
             layer_applications += num_layers * sum(reply.num_tokens for reply in replies)
             answers = tuple(_read(answer, reply.text, row.target) for reply, row in zip(replies, chosen, strict=True))
             scored.append(CandidateAnswers(layer, answers, time.monotonic() - candidate_started))
-    finally:
+    finally:  # once more: a signal may have interrupted the tidying up itself
+        _free_head(loaded.model)
         loaded.layers.restore()
     return UnitResult(unit, tuple(scored), layer_applications, time.monotonic() - started, worker)
 
@@ -128,25 +129,35 @@ def _next_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
     return [int(token) for token in logits_btv[:, -1].argmax(-1)]
 
 
-@contextmanager
-def _head_at(model: Any, last_b: torch.Tensor) -> Iterator[None]:
-    """Within the context the output embedding sees position `last_b` of each row only; soft-caps stay the model's."""
-    head = model.get_output_embeddings()
+class _LastTokens:
+    """A pre-hook of the output embedding: it sees position `last_b` of each row only; soft-caps stay the model's."""
 
-    def gather(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def __init__(self, last_b: torch.Tensor) -> None:
+        self.last_b = last_b
+
+    def __call__(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_btd, *others = inputs
-        at = last_b.to(hidden_btd.device)
+        at = self.last_b.to(hidden_btd.device)
         return (hidden_btd[torch.arange(len(at), device=at.device), at, None], *others)
 
+
+@contextmanager
+def _head_at(model: Any, last_b: torch.Tensor) -> Iterator[None]:
+    head = model.get_output_embeddings()
     try:
         if head is not None:
-            head.register_forward_pre_hook(gather)
+            head.register_forward_pre_hook(_LastTokens(last_b))
         yield
     finally:
-        # Not through the handle: an exception from a signal could have come before it was kept.
-        hooks = head._forward_pre_hooks if head is not None else {}
-        for key in [key for key, hook in hooks.items() if hook is gather]:
-            del hooks[key]
+        _free_head(model)
+
+
+def _free_head(model: Any) -> None:
+    """Take our hooks off; not by their handle, which an exception from a signal could have kept us from getting."""
+    head = model.get_output_embeddings()
+    hooks = head._forward_pre_hooks if head is not None else {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
+        del hooks[key]
 
 
 def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -163,7 +174,7 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int)
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            use_cache=True,
+            use_cache=_has_attention(model),
             eos_token_id=end,
             pad_token_id=pad,
             bos_token_id=neutral.bos_token_id,
@@ -171,6 +182,12 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int)
     )
     ends = set(end) if isinstance(end, list) else {end}
     return [_until_end(tokens[longest:], ends) for tokens in written_bt.tolist()]
+
+
+def _has_attention(model: Any) -> bool:
+    """Whether any layer left has attention: the cache of a hybrid model does not know its length without one."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return kinds is None or any("attention" in kind and kind != "linear_attention" for kind in kinds)
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

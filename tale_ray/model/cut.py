@@ -105,6 +105,7 @@ def cut_fields(text_config: Any, kept: tuple[int, ...]) -> dict[str, Any]:
                 f"with {len(value)} entries for {total} layers, and what they mean is not known"
             )
     fields.update(_dense_layers(entries, kept))
+    fields.update(_sparse_range(entries, kept))
     if "attention_layers" in fields and "attention_types" in entries:  # GPT-Neo derives the one from the other
         fields["attention_types"] = [[[name], 1] for name in fields["attention_layers"]]
     if (heterogeneity := entries.get("_heterogeneity_spec")) is not None:
@@ -122,6 +123,16 @@ def _dense_layers(entries: dict[str, Any], kept: tuple[int, ...]) -> dict[str, A
     only_dense = entries["mlp_only_layers"] or ()
     dense = [at for at, layer in enumerate(kept) if layer in only_dense or (layer + 1) % step]
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _sparse_range(entries: dict[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
+    """ERNIE's MoE families name the first and the last sparse layer (-1: the last of all)."""
+    start, end = entries.get("moe_layer_start_index"), entries.get("moe_layer_end_index")
+    if not isinstance(start, int) or not isinstance(end, int):
+        return {}
+    sparse = [at for at, layer in enumerate(kept) if layer >= start and (end == -1 or layer <= end)]
+    first, last = (sparse[0], sparse[-1]) if sparse else (len(kept), len(kept))
+    return {"moe_layer_start_index": first, "moe_layer_end_index": last}
 
 
 def _stored_name(config: Any, name: str) -> str:

@@ -67,8 +67,8 @@ def check_model(section: ModelSection) -> None:
             )
         if not _weight_files(folder):
             raise ModelError(
-                f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin; "
-                "copy them there, or name a GGUF file with --gguf"
+                f"model folder {folder} has no weights: expected model.safetensors, pytorch_model.bin or the index of "
+                "their shards; copy them there, or name a GGUF file with --gguf"
             )
 
 

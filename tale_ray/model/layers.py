@@ -41,15 +41,13 @@ def find_layers(model: nn.Module) -> "LayerStack":
     config: Any = model.config
     check_config(config)
     total = num_layers(config)
-    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    found = [place for place in _outermost_lists(decoder) if len(place[0]._modules[place[1]]) == total]  # type: ignore[arg-type]
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    found = [place for place in _outermost_lists(decoder) if len(_list_at(*place)) == total]
     if not found:
-        raise ModelError(
-            f"no list of {total} layers was found in {type(decoder).__name__}: the family is not supported"
-        )
+        raise ModelError(f"no list of {total} layers was found in {type(model).__name__}: the family is not supported")
     if len(found) > 1:
         names = ", ".join(name for _, name in found)
-        raise ModelError(f"{type(decoder).__name__} has several lists of {total} layers ({names}): not supported")
+        raise ModelError(f"{type(model).__name__} has several lists of {total} layers ({names}): not supported")
     owner, name = found[0]
     stack = LayerStack(model, owner, name)
     stack.check_numbers()
@@ -65,6 +63,12 @@ def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from _outermost_lists(child)
 
 
+def _list_at(owner: nn.Module, name: str) -> nn.ModuleList:
+    found = owner._modules[name]
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
 @dataclass
 class LayerStack:
     """The decoder's layers in the full model. Layer numbers are always those of the full model."""
@@ -75,9 +79,7 @@ class LayerStack:
     _undo: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        full = self.owner._modules[self.name]
-        assert isinstance(full, nn.ModuleList)
-        self.full: nn.ModuleList = full
+        self.full: nn.ModuleList = _list_at(self.owner, self.name)
 
     @property
     def num_layers(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
@@ -48,6 +49,8 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
     quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
     if section.gguf is not None:
         _require_gguf()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # several workers would draw theirs over each other
     try:
         config = AutoConfig.from_pretrained(place, **options, **quantised)
         check_config(config)
@@ -59,6 +62,9 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         raise
     except Exception as error:
         raise _as_model_error(section, error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     _check_weights(section, loading)
     if section.gguf is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are not quantised any more

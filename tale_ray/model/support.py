@@ -23,7 +23,13 @@ _REFUSED_FAMILIES: Mapping[str, str] = {
         _STATE_SPACE,
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _PER_LAYER),
-    **dict.fromkeys(("diffllama", "imagegpt", "beam", "inkling_text", "inkling2_text", "hrm_text", "blt"), _POSITION),
+    **dict.fromkeys(
+        (
+            *("diffllama", "minimax", "modernbert-decoder", "beam", "inkling_text", "inkling2_text", "hrm_text"),
+            *("blt", "imagegpt"),
+        ),
+        _POSITION,
+    ),
     **dict.fromkeys(("longcat_flash", "deepseek_v4", "reformer"), _SHARED),
     "mllama": "its cross-attention layers need an image",
 }
