@@ -131,6 +131,8 @@ def test_shares_are_exact_and_seeds_differ() -> None:
     }
     splits = split_rows(rows, given_shares, 0)
     assert {name: len(positions) for name, positions in splits.items()} == {"search": 600, "select": 240, "test": 360}
+    tight: dict[SplitName, Fraction] = {"search": Fraction("0.29")}  # as floats, 0.29 * 100 is below 29
+    assert len(split_rows(rows[:100], tight, 0)["search"]) == 29
     other = split_rows(rows, given_shares, 1)
     assert 200 < len(set(splits["search"]) & set(other["search"])) < 400
 

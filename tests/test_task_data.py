@@ -118,6 +118,13 @@ def test_csv_keeps_text_and_types(tmp_path: Path) -> None:
     ]
 
 
+def test_csv_texts_may_be_longer_than_the_block_that_is_read_at_once(tmp_path: Path) -> None:
+    texts = [f"{number}\n" * 300_000 for number in range(4)]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    assert [row["text"] for row in load_rows(file_spec(tmp_path, "csv", "rows.csv"), None)] == texts
+
+
 def test_several_files_patterns_and_absolute_paths(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write_lines(tmp_path / f"part/{name}.jsonl", [{name: name}])

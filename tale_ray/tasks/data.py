@@ -130,11 +130,11 @@ def _read_file(path: Path, file_format: FileFormat) -> list[Row]:
 
 def _read_csv(path: Path) -> list[Row]:
     parse = csv.ParseOptions(newlines_in_values=True)
-    table = csv.read_csv(path, parse_options=parse, convert_options=csv.ConvertOptions(null_values=[""]))
-    # Text that looks like a date stays text, as its author wrote it.
+    convert = csv.ConvertOptions(null_values=[""])  # only what is empty is null: "None" and "NA" are answers
+    table = csv.read_csv(path, parse_options=parse, convert_options=convert)
     dates = {column.name: pa.string() for column in table.schema if pa.types.is_temporal(column.type)}
-    if dates:
-        convert = csv.ConvertOptions(null_values=[""], column_types=dates)
+    if dates:  # text that looks like a date stays text, as its author wrote it
+        convert.column_types = dates
         table = csv.read_csv(path, parse_options=parse, convert_options=convert)
     if broken := [column.name for column in table.schema if pa.types.is_binary(column.type)]:
         raise ValueError(f"the column {broken[0]!r} is not text in UTF-8")
