@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from tale_ray.attempt.rows import PreparedRows
+from tale_ray.cluster.authentication import protect_private_cluster
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.config import SearchConfig
 from tale_ray.records import PromptRow, SplitName
@@ -14,7 +15,9 @@ def make_executor(config: SearchConfig, name: str) -> Executor:
     """Return the executor that a configuration asks for; nothing is started yet. `name` appears in Ray's lists."""
     if config.resources.local:
         return LocalExecutor(config.model, config.dtype, config.resources)
-    from tale_ray.cluster.ray_executor import RayExecutor  # importing ray takes a second
+    if config.resources.address is None:
+        protect_private_cluster()
+    from tale_ray.cluster.ray_executor import RayExecutor  # ray is wanted in this process only now
 
     return RayExecutor(config.model, config.dtype, config.resources, name)
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,8 +30,7 @@ def connected(address: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "error"}
     try:
         if address is None:
-            with _private_token():
-                ray.init(address="local", include_dashboard=False, **options)
+            ray.init(address="local", include_dashboard=False, **options)
         else:
             ray.init(address=address, **options)
     except AuthenticationError as error:
@@ -50,16 +47,6 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # ends a private cluster, only disconnects from another
-
-
-@contextlib.contextmanager
-def _private_token() -> Iterator[None]:
-    """Give a private cluster a token of its own, unless the environment says how to authenticate."""
-    if "RAY_AUTH_MODE" in os.environ:
-        yield
-        return
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    yield  # the variables stay: the cluster lives as long as this process does
 
 
 def check_feasible(resources: ResourceSection) -> None:
