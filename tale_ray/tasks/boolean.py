@@ -17,8 +17,8 @@ from tale_ray.errors import TaskError
 MAX_ROWS: Final = 20_000
 LEAF_WEIGHTS: Final = {2: 1, 3: 2, 4: 3}
 
-_PARENTHESES_PROBABILITY: Final = 0.1
-_NEGATION_WEIGHTS: Final = {0: 70, 1: 25, 2: 5}
+_PARENTHESES_PROBABILITY: Final = 0.05
+_NEGATION_WEIGHTS: Final = {0: 75, 1: 20, 2: 5}
 
 
 class Binding(IntEnum):
