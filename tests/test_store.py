@@ -264,6 +264,7 @@ def test_messages_do_not_show_credentials() -> None:
         RunReader("bogus://user:SECRET@host/run")
     assert "SECRET" not in str(caught.value)
     assert "bogus://host/run" in str(caught.value)
+    assert RunReader("s3://key:SECRET@bucket/run?region=eu-north-1").uri == "s3://bucket/run?region=eu-north-1"
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -68,7 +68,6 @@ class Files:
     """
 
     def __init__(self, uri: str, clock: Clock = SYSTEM_CLOCK) -> None:
-        self.uri = uri
         self.shown = strip_credentials(uri)
         self._clock = clock
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"

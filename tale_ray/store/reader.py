@@ -29,8 +29,12 @@ class RunReader:
     """
 
     def __init__(self, uri: str, *, files: Files | None = None) -> None:
-        self.uri = uri
         self._files = files or Files(uri)
+
+    @property
+    def uri(self) -> str:
+        """Where the run is, without credentials: for people, not for opening it again."""
+        return self._files.shown
 
     def exists(self) -> bool:
         """Return whether a run has begun here."""
