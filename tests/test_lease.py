@@ -255,6 +255,22 @@ def test_without_hard_links_or_locks_the_lease_settles(
         RunWriter.claim(str(tmp_path), clock=time_.clock, wait=False)
 
 
+def test_a_rival_that_the_lock_does_not_reach_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
+) -> None:
+    """Some network file systems lock within one host only: the first claim is exclusive all the same."""
+    real = process_start
+
+    def arrive(pid: int) -> float:
+        put_lease(tmp_path, ELSEWHERE)
+        return real(pid)
+
+    monkeypatch.setattr(store_lease, "process_start", arrive)
+    with pytest.raises(LeaseHeld, match="process 12 on host node-7"):
+        RunWriter.claim(str(tmp_path), clock=time_.clock, wait=False)
+    assert RunReader(str(tmp_path)).lease() == ELSEWHERE
+
+
 def test_rivals_are_kept_out_between_look_and_takeover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
 ) -> None:
