@@ -80,6 +80,9 @@ def test_cached_generation_equals_a_loop_without_cache(loaded):
     model, prompts = loaded.model, tiny_prompts(2)
     for removed in removals(loaded.layers)[2:5]:
         with loaded.layers.without(removed):
+            kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+            if set(kinds) == {"conv"}:
+                continue  # `generate` itself cannot cache a model without attention; the engine then does without
             for prompt in prompts:
                 tokens = torch.tensor([prompt])
                 ones = torch.ones_like(tokens)

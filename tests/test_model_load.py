@@ -1,15 +1,17 @@
 """Models from folders: what is refused before anything is loaded, what is loaded, and how."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 import transformers as tf
 from families import VOCABULARY, save_tiny, tiny_model, tiny_prompts, tiny_tokenizer
-from oracles import greedy_tokens, next_logits
+from oracles import greedy_tokens, next_logits, rebuild
 
 from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
@@ -57,6 +59,10 @@ def test_references():
 @pytest.mark.parametrize("ref", ["./nowhere", "/nowhere", "~/nowhere-at-all", "a/b/c"])
 def test_a_missing_folder(ref):
     refused(ref, f"model folder {ref} does not exist: give an existing folder, a hub id .* or 'bundled'")
+
+
+def test_a_file(checkpoint):
+    refused(checkpoint / "model.safetensors", "is a file: give the folder that it lies in, and .* with --gguf")
 
 
 def test_a_folder_without_configuration(folder):
@@ -208,6 +214,16 @@ def test_weights_that_are_missing_are_not_made_up(folder):
         load_model(section(change(folder, num_hidden_layers=5)), "float32")
 
 
+def test_weights_that_the_model_does_not_use_are_told(folder):
+    notes = load_model(section(change(folder, num_hidden_layers=3)), "float32").info.notes
+    assert notes[0].startswith("the checkpoint holds 9 weights that the model does not use, such as model.layers.3.")
+
+
+def test_weights_of_another_shape(folder):
+    with pytest.raises(ModelError, match=r"model .* cannot be loaded \(.*\): check that"):
+        load_model(section(change(folder, intermediate_size=64)), "float32")
+
+
 def test_damaged_weights(folder):
     (folder / "model.safetensors").write_bytes(b"not weights at all")
     with pytest.raises(ModelError, match=r"model .* cannot be loaded \(.*\): check that"):
@@ -230,6 +246,29 @@ def test_a_hub_id_without_a_hub(monkeypatch):
         ModelError, match=r"\(OSError: We couldn't connect .*\): .*download the model and give its folder"
     ):
         load_model(ModelSection(model="nobody/nothing"), "float32")
+
+
+def test_a_hub_id_from_the_cache_has_the_digest_of_its_files(checkpoint, tmp_path):
+    cached = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(checkpoint, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    code = """
+from tale_ray.config import ModelSection
+from tale_ray.errors import ModelError
+from tale_ray.model.load import load_model
+print(load_model(ModelSection(model="somebody/tiny"), "float32").info.digest)
+try:
+    load_model(ModelSection(model="somebody/else"), "float32")
+except ModelError as error:
+    print(error)
+"""
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=offline)
+    digest, refusal = done.stdout.splitlines()
+    assert digest == digest_model(checkpoint, None)
+    assert refusal.startswith("model somebody/else cannot be loaded (")
+    assert refusal.endswith("the hub may be out of reach: download the model and give its folder, or check the name")
 
 
 def test_digest_is_of_content_not_of_place(checkpoint, folder):
@@ -255,8 +294,6 @@ def test_digest_covers_new_files(checkpoint, folder):
 
 
 def test_checking_and_digesting_import_no_torch(checkpoint):
-    import subprocess
-
     code = (
         "import sys; from tale_ray.config import ModelSection; from tale_ray.model.digest import *; "
         f"check_model(ModelSection(model={str(checkpoint)!r})); digest_model(model_folder({str(checkpoint)!r}), None); "
@@ -315,8 +352,6 @@ def test_a_gguf_file_is_dequantised(gguf_folder):
     prompt = tiny_prompts(1)[0]
     with loaded.layers.without({1}):
         mine = next_logits(loaded.model, prompt)
-    from oracles import rebuild
-
     torch.testing.assert_close(mine, next_logits(rebuild(model, {1}), prompt), atol=0.3, rtol=0.1)
 
 

@@ -45,6 +45,10 @@ def check_model(section: ModelSection) -> None:
     """
     folder = model_folder(section.model)
     if folder is None:
+        if Path(section.model).expanduser().is_file():
+            raise ModelError(
+                f"model {section.model} is a file: give the folder that it lies in, and a GGUF file's name with --gguf"
+            )
         if _is_path(section.model):
             raise ModelError(
                 f"model folder {section.model} does not exist: "

@@ -70,6 +70,7 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         del model.config.quantization_config  # the weights are not quantised any more
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
+    _check_placement(model)
     layers = find_layers(model)
     check_causal(model)
     info = ModelInfo(
@@ -79,7 +80,7 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         dtype=str(model.dtype).removeprefix("torch."),
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
-        notes=_notes(model, tokenizer),
+        notes=_notes(model, tokenizer, loading),
     )
     return LoadedModel(model, tokenizer, layers, info)
 
@@ -178,8 +179,19 @@ def _require_gguf() -> None:
         raise ModelError("reading a GGUF file needs the package gguf: pip install 'tale-ray[gguf]'") from None
 
 
-def _notes(model: Any, tokenizer: Any) -> tuple[str, ...]:
+def _check_placement(model: Any) -> None:
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if torch.cuda.device_count() and places & {"cpu", "disk"}:
+        raise ModelError(
+            f"the model does not fit into the memory of {torch.cuda.device_count()} GPUs: "
+            "give each worker more GPUs (--gpus-per-worker), or choose a smaller dtype"
+        )
+
+
+def _notes(model: Any, tokenizer: Any, loading: dict[str, Any]) -> tuple[str, ...]:
     notes = []
+    if unused := sorted(map(str, loading["unexpected_keys"])):
+        notes.append(f"the checkpoint holds {len(unused)} weights that the model does not use, such as {unused[0]}")
     if not getattr(tokenizer, "chat_template", None):
         notes.append("the tokenizer has no chat template: prompts use a plain one")
     if model.generation_config.eos_token_id is None:
