@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from simulation import MODEL, SimulatedExecutor, Table, TableRound, examples, table_search
+
 from tale_ray.config import ModelSection, SearchConfig, StrategySection, TaskSection
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, PoisonUnit
 from tale_ray.records import StopReason

@@ -5,8 +5,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from simulation import Table
+
 from tale_ray.records import WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
 from tale_ray.search.scheduler import MAX_TRIES, GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit, UnitShape

