@@ -8,7 +8,7 @@ import torch
 from families import tiny_loaded, tiny_prompts
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import end_tokens, greedy_tokens
+from oracles import end_tokens, greedy_tokens, oracle_replies, oracle_search
 
 from tale_ray.engine import score
 from tale_ray.engine.budget import RowCost, batches, default_budget, row_cost
@@ -192,3 +192,32 @@ def test_scores_do_not_build_graphs(loaded, rows, monkeypatch):
     )
     score_unit(loaded, unit(), rows, ANSWER, 1, None, "w")
     assert modes == [True, True]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_a_whole_search_over_scores_is_the_oracle_search(rows, new_tokens):
+    """Row by row the targets are replies of different depths, so that removals win and lose rows."""
+    loaded = tiny_loaded("llama")
+    depths = [(), (2,), (2, 0), (2,), ()]
+    wanted = [
+        oracle_replies(loaded.model, loaded.tokenizer, depth, [row.token_ids], new_tokens)[0]
+        for depth, row in zip(depths, rows, strict=True)
+    ]
+    whole = AnswerSpec(type="regex", pattern=r"^(.*)$")
+    targeted = [PromptRow(row.token_ids, reply) for row, reply in zip(rows, wanted, strict=True)]
+
+    def by_engine(removed):
+        work = unit((None,), (0, 1, 2, 3, 4), tuple(removed))
+        answers = score_unit(loaded, work, targeted, whole, new_tokens, None, "w").candidates[0].answers
+        return sum(answer.correct for answer in answers)
+
+    def by_oracle(removed):
+        prompts = [row.token_ids for row in targeted]
+        replies = oracle_replies(loaded.model, loaded.tokenizer, removed, prompts, new_tokens)
+        return sum(reply == row.target for reply, row in zip(replies, targeted, strict=True))
+
+    mine = oracle_search(by_engine, 4, 5, epsilon="0.5")
+    assert mine == oracle_search(by_oracle, 4, 5, epsilon="0.5")
+    assert mine.baseline >= 2
+    assert mine.rounds
+    assert mine.rounds[0][0] == 2
