@@ -217,10 +217,15 @@ def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[RowAnswer, ...]:
 
 def _dump(rows: list[dict[str, Any]], schema: Any, texts: Mapping[str, str]) -> bytes:
     metadata = {"schema_version": str(SCHEMA_VERSION), **texts}
+    metadata["checksum"] = _checksum(metadata)  # Parquet has its own for the columns
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
+
+
+def _checksum(texts: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical_json(texts).encode()).hexdigest()
 
 
 @contextmanager
@@ -241,6 +246,8 @@ def _load(data: bytes, schema: Any, path: str) -> tuple[list[dict[str, Any]], di
     if "schema_version" not in texts:
         raise ValueError("it has no schema version, so tale_ray did not write it")
     check_version(int(texts["schema_version"]), path)
+    if texts.pop("checksum") != _checksum(texts):
+        raise ValueError("its checksum does not fit its metadata")
     if not table.schema.equals(schema):
         raise ValueError(f"its columns are {', '.join(table.column_names)}, not {', '.join(schema.names)}")
     return table.to_pylist(), texts
