@@ -160,6 +160,29 @@ def test_code_of_the_checkpoint_is_not_run_unasked(folder):
     check_model(section(change(folder, model_type="phi3")))  # transformers has its own code for that one
 
 
+def test_code_of_the_checkpoint_is_run_when_asked(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class NewConfig(LlamaConfig):
+    model_type = "brand_new"
+
+class NewForCausalLM(LlamaForCausalLM):
+    config_class = NewConfig
+"""
+    (folder / "modeling_new.py").write_text(code)
+    auto_map = {"AutoConfig": "modeling_new.NewConfig", "AutoModelForCausalLM": "modeling_new.NewForCausalLM"}
+    change(folder, auto_map=auto_map, model_type="brand_new", architectures=["NewForCausalLM"])
+    loaded = load_model(section(folder, trust_remote_code=True), "float32")
+    assert (loaded.info.family, loaded.info.num_layers) == ("brand_new", 4)
+    prompt = tiny_prompts(1)[0]
+    with loaded.layers.without({1, 2}):
+        mine = next_logits(loaded.model, prompt)
+    assert torch.equal(mine, next_logits(rebuild(tiny_model("llama"), {1, 2}), prompt))
+
+
 def test_a_loaded_model_is_ready(checkpoint):
     loaded = load_model(section(checkpoint), "float32")
     assert not loaded.model.training
