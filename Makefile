@@ -36,16 +36,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/write_reference.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	@echo "no benchmarks yet: see benchmarks/README.md"
+	$(BIN)/python benchmarks/search_time.py --out benchmarks/search_time.md
 
+# The reference of all commands, from their own help.
 docs: $(STAMP)
-	@echo "the documentation is README.md, CONTRIBUTING.md and docs/adr/"
+	$(BIN)/python tools/write_reference.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

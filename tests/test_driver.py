@@ -1,6 +1,7 @@
 """The whole search on a simulated cluster with a real store: the oracle's decisions, whatever happens on the way."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ from tale_ray.store.run import RunWriter
 NUM_ROWS = 24
 NUM_TEST_ROWS = 9
 EXAMPLES = {"search": examples(NUM_ROWS), "test": examples(NUM_TEST_ROWS, "test")}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power fails here, and a thousand small files are written."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class Killed(BaseException):

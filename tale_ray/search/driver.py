@@ -17,6 +17,7 @@ from tale_ray.search.history import History
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring, UnitShape
 from tale_ray.search.strategy import Strategy
+from tale_ray.store.layout import round_scope
 from tale_ray.store.run import RunWriter
 from tale_ray.store.tables import AnswerSheet
 
@@ -60,11 +61,6 @@ class HeldOutScored:
 
 
 SearchEvent: TypeAlias = ScoringStarted | PoolEvent | RoundFinished | SearchEnded | HeldOutScored
-
-
-def round_scope(number: int) -> str:
-    """Return the scope of a round's units and answers."""
-    return f"round-{number:04d}"
 
 
 def held_out_scope(number: int) -> str:
@@ -132,7 +128,7 @@ class Driver:
             BaselineZero: the full model answers no row correctly; round 0 is stored.
             PoisonUnit: a unit failed on every try.
         """
-        self._drop_superseded()
+        self._writer.clean()
         if not self.history.rounds:
             yield from self._round(removed=(), candidates=(None,))
         while not isinstance(candidates := self._strategy.propose(self.history), StopReason):
@@ -179,13 +175,6 @@ class Driver:
         if finished.committed:
             self._writer.drop_partials(scheduler.scoring.scope)
         self._record_attempt(search_seconds=time.monotonic() - self._loaded_at)
-
-    def _drop_superseded(self) -> None:
-        """Drop units of rounds that are committed: a kill may have come between the two."""
-        committed = {round_scope(entry.number) for entry in self.history.rounds}
-        for scope in self._writer.reader.partial_scopes():
-            if scope in committed:
-                self._writer.drop_partials(scope)
 
     # Test rows.
 
