@@ -118,9 +118,9 @@ def oracle_search(
 ) -> OracleSearch:
     """The search of the TALE paper with our rules; `count_correct(removed)` says how many rows are right."""
     removed = list(start)
-    baseline = reference = count_correct(removed)
+    baseline = reference = count_correct([])
     rounds: list[tuple[int, Mapping[int, int]]] = []
-    path = [(list(removed), baseline)]
+    path: list[tuple[list[int], int]] = [([], baseline)]
     rejected, stop = None, "baseline_zero" if baseline == 0 else ""
     while not stop:
         surviving = [layer for layer in range(num_layers) if layer not in removed]
