@@ -1,17 +1,20 @@
 """The Python API: the same as the command line, without its display."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal
 
-from tale_ray.attempt.evaluate import run_evaluation
+from tale_ray.attempt.evaluate import picked_removal, run_evaluation
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.config import (
-    ModelSection,
-    ResourceSection,
     SearchConfig,
     StorageSection,
     StrategySection,
-    TaskSection,
+    parse_bytes,
+    parse_duration,
+    parse_layers,
     parse_splits,
 )
 from tale_ray.errors import ConfigError
@@ -56,38 +59,53 @@ class Run:
 
 
 _RENAMED = {"wait_resources": "wait_resources_seconds", "time_limit": "time_limit_seconds"}
+_TEXTS: Mapping[str, Callable[[str], Any]] = {  # how the text of an option is read, as on the command line
+    "splits": parse_splits,
+    "remove": partial(parse_layers, name="remove"),
+    "keep_layers": partial(parse_layers, name="keep layers"),
+    "wait_resources": parse_duration,
+    "time_limit": parse_duration,
+    "batch_bytes": parse_bytes,
+}
 
 
 def make_config(**options: Any) -> SearchConfig:
     """Return a configuration from the long option names of `tale-ray search`, with underscores.
 
     Raises:
-        ConfigError: an option is unknown, or a value breaks a rule.
+        ConfigError: an option is missing or unknown, or a value breaks a rule.
     """
-    options = {_RENAMED.get(name, name): value for name, value in options.items()}
-    if isinstance(options.get("splits"), str):
-        options["splits"] = parse_splits(options["splits"])
-    if "epsilon" in options:
-        options["epsilon"] = str(options["epsilon"])
-    for name in ("remove", "keep_layers"):
-        if name in options:
-            options[name] = tuple(options[name])
+    for name in ("model", "task"):
+        if options.get(name) is None:
+            raise ConfigError(
+                f"{name} is missing: name it with --{name}, in the --config file, or as {name}=... in Python"
+            )
+    values = _values(options)
     sections: dict[str, Any] = {}
-    for name, kind in (
-        ("model", ModelSection),
-        ("task", TaskSection),
-        ("strategy", StrategySection),
-        ("resources", ResourceSection),
-        ("storage", StorageSection),
-    ):
-        known = {field: options.pop(field) for field in kind.__dataclass_fields__ if field in options}
-        try:
-            sections[name] = kind(**known)
-        except TypeError as error:
-            raise ConfigError(f"the {name} is not described: {error}; give it") from error
-    if options:
-        raise ConfigError(f"option {sorted(options)[0]!r} is not known: the options are those of `tale-ray search`")
+    for section in fields(SearchConfig):
+        kind: Any = section.type
+        sections[section.name] = kind(
+            **{item.name: values.pop(item.name) for item in fields(kind) if item.name in values}
+        )
+    if values:
+        raise ConfigError(f"option {sorted(values)[0]!r} is not known: the options are those of `tale-ray search`")
     return SearchConfig(**sections)
+
+
+def _values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as the fields of a configuration: renamed, and texts read as on the command line."""
+    values = {}
+    for name, value in options.items():
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif name == "epsilon":
+            value = str(value)
+        elif isinstance(value, str) and name in _TEXTS:
+            value = _TEXTS[name](value)
+        elif name in ("remove", "keep_layers"):
+            value = tuple(value)
+        values[_RENAMED.get(name, name)] = value
+    return values
 
 
 def search(**options: Any) -> Run:
@@ -104,13 +122,15 @@ def search(**options: Any) -> Run:
     return run_to_end(make_config(**options))
 
 
-def resume(run: str, **options: Any) -> Run:
-    """Go on with a run from its folder. `options` may change where it runs, never what is decided.
+def resume(run: str | os.PathLike[str], **options: Any) -> Run:
+    """Go on with a run from its folder. `options` may change where it runs, never what was decided.
 
     Raises:
-        StoreError: there is no run, or the options would change a decision.
+        UsageError: there is no run, or the options would change a decision.
+        Interrupted: stopped before the end.
+        TaleRayError: the run failed.
     """
-    return run_to_end(resumed_config(run, **options))
+    return run_to_end(resumed_config(os.fspath(run), **options))
 
 
 def run_to_end(config: SearchConfig) -> Run:
@@ -125,15 +145,19 @@ def run_to_end(config: SearchConfig) -> Run:
 
 
 def resumed_config(run: str, **options: Any) -> SearchConfig:
-    """Return the configuration of a stored run with some options changed, set to go on with it."""
+    """Return the configuration of a stored run with some options changed, set to go on with it.
+
+    Raises:
+        StoreError: there is no run.
+        ConfigError: an option is unknown, or a value breaks a rule.
+    """
     stored = SearchConfig.from_json(RunReader(run).manifest().config)
-    changed = {_RENAMED.get(name, name): value for name, value in options.items()}
-    where = {"address", "local", "workers"} & set(changed)
-    resources = stored.resources
-    if where & {"address", "local"}:  # the two exclude each other: what is asked for now replaces what was
-        resources = replace(
-            resources, address=None, local=False, workers=None if changed.get("local") else resources.workers
-        )
+    values = _values(options) | {"run": run, "resume": "must"}
+    resources = stored.resources  # a place that is asked for now replaces the one that was
+    if values.get("address") or values.get("local") or (values.get("workers") or 1) > 1:
+        resources = replace(resources, address=None, local=False)
+    if values.get("local"):
+        resources = replace(resources, workers=None)
     sections: dict[str, Any] = {
         "model": stored.model,
         "task": stored.task,
@@ -141,32 +165,59 @@ def resumed_config(run: str, **options: Any) -> SearchConfig:
         "resources": resources,
         "storage": StorageSection(),
     }
-    changed |= {"run": run, "resume": "must"}
-    for name, section in sections.items():
-        fields = {field: changed.pop(field) for field in section.__dataclass_fields__ if field in changed}
-        sections[name] = replace(section, **fields)
-    if changed:
-        raise ConfigError(f"option {sorted(changed)[0]!r} cannot be changed when a run goes on: leave it out")
-    return SearchConfig(**sections)
+    changed = {
+        name: replace(section, **{item.name: values.pop(item.name) for item in fields(section) if item.name in values})
+        for name, section in sections.items()
+    }
+    if values:
+        raise ConfigError(f"option {sorted(values)[0]!r} is not known: the options are those of `tale-ray search`")
+    return SearchConfig(**changed)
 
 
-def open_run(run: str) -> Run:
+def open_run(run: str | os.PathLike[str]) -> Run:
     """Return a run from its folder or URI, finished or not.
 
     Raises:
         StoreError: there is no run.
     """
-    RunReader(run).manifest()
-    return Run(run)
+    RunReader(os.fspath(run)).manifest()
+    return Run(os.fspath(run))
 
 
-def evaluate(split: SplitName | None = None, **options: Any) -> Score:
-    """Return the score of a model, without the layers in `remove`, on a split of a task (None: on all its rows).
+def evaluate(split: SplitName | Literal["all"] = "test", **options: Any) -> Score:
+    """Return the score of a model on a split of a task, as `tale-ray evaluate` does, whose options it takes.
 
-    Takes the row, model and resource options of `search`.
+    `evaluate(run="runs/x", pick="best")` scores a result of a run, and `evaluate(model=..., task=..., remove=(3, 7))`
+    a model without some layers.
+
+    Raises:
+        UsageError: the request cannot be met.
+        Interrupted: stopped; nothing is stored.
     """
     interruption = Interruption()
+    config = evaluated_config(**options)
     with interruption.on_signals():
-        *_, score = run_evaluation(make_config(**options), split, interruption)
+        *_, score = run_evaluation(config, None if split == "all" else split, interruption)
     assert isinstance(score, Score)
     return score
+
+
+def evaluated_config(
+    run: str | os.PathLike[str] | None = None, pick: str | None = None, **options: Any
+) -> SearchConfig:
+    """Return the configuration of what is scored: a result of a run, or a model without some of its layers.
+
+    Raises:
+        UsageError: there is no such run or result, or a value breaks a rule.
+    """
+    if run is None:
+        if pick is not None:
+            raise ConfigError(f"pick {pick!r} is a result of a run: name the run too, or the layers in remove instead")
+        return make_config(**options)
+    if pick is not None and "remove" in options:
+        raise ConfigError(f"pick {pick!r} and remove both say which layers are removed: leave one out")
+    remove = _values(options).get("remove")
+    if remove is None:
+        remove = picked_removal(RunReader(os.fspath(run)), str(pick or "best"))
+    options.pop("remove", None)
+    return replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))

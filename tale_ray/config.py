@@ -45,13 +45,12 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
     """Return the layer numbers of a comma-separated list; an empty text is an empty list.
 
     Raises:
-        ConfigError: not whole numbers, negative, or a layer twice.
+        ConfigError: not whole numbers.
     """
     try:
-        layers = tuple(int(part) for part in text.split(",")) if text.strip() else ()
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise ConfigError(f"{name} {text!r} is not a list of layers: write numbers such as 3,7") from None
-    return layers
 
 
 def parse_splits(text: str) -> dict[SplitName, str]:
@@ -107,8 +106,17 @@ def splits_text(splits: Mapping[SplitName, str]) -> str:
     return ",".join(f"{name}={share}" for name, share in splits.items())
 
 
-def _at_least(value: float | None, minimum: float, name: str, remedy: str) -> None:
-    if value is not None and not value >= minimum:
+def _number(value: Any, kind: str, name: str) -> None:
+    kinds: Any = int if kind == "whole number" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name} {value!r} is not a {kind}: write one")
+
+
+def _at_least(value: float | None, minimum: float, name: str, remedy: str, kind: str = "whole number") -> None:
+    if value is None:
+        return
+    _number(value, kind, name)
+    if not value >= minimum:
         raise ConfigError(f"{name} {value} is too small: it is at least {minimum}; {remedy}")
 
 
@@ -145,6 +153,7 @@ class TaskSection:
 
     def __post_init__(self) -> None:
         _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
+        _number(self.seed, "whole number", "seed")
         shares = self.shares
         if sum(shares.values()) > 1:
             total = float(sum(shares.values()))
@@ -156,8 +165,9 @@ class TaskSection:
 
     @property
     def shares(self) -> dict[SplitName, Fraction]:
-        """Share of the rows by split, exactly as written."""
-        return {name: _share(share, f"share of the {name} split") for name, share in self.splits.items()}
+        """Share of the rows by split, exactly as written, in the order in which they are cut."""
+        names = [name for name in get_args(SplitName) if name in self.splits]
+        return {name: _share(self.splits[name], f"share of the {name} split") for name in names}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +189,8 @@ class StrategySection:
         _one_of(self.epsilon_mode, EpsilonMode, "epsilon mode")
         _at_least(self.max_removed, 0, "max removed", "leave the option out for no limit")
         for name, layers in (("remove", self.remove), ("keep layers", self.keep_layers)):
+            for layer in layers:
+                _number(layer, "whole number", f"{name}: layer")
             if min(layers, default=0) < 0:
                 raise ConfigError(f"{name}: layer {min(layers)} does not exist: layers are numbered from 0")
             if len(set(layers)) < len(layers):
@@ -224,7 +236,7 @@ class ResourceSection:
         _at_least(self.workers, 1, "workers", "leave the option out for as many as fit")
         _at_least(self.gpus_per_worker, 0, "gpus per worker", "0 runs on CPU")
         _at_least(self.cpus_per_worker, 1, "cpus per worker", "every worker needs one")
-        _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait")
+        _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait", "number of seconds")
         _at_least(self.batch_bytes, 1, "batch bytes", "leave the option out to choose from the device")
         if self.local and self.address is not None:
             raise ConfigError(f"local and address {self.address!r} exclude each other: leave one out")
@@ -242,7 +254,7 @@ class StorageSection:
 
     def __post_init__(self) -> None:
         _one_of(self.resume, ResumeMode, "resume")
-        _at_least(self.time_limit_seconds, 1, "time limit", "give it in seconds or like 30m, 2h")
+        _at_least(self.time_limit_seconds, 1, "time limit", "give it in seconds or like 30m, 2h", "number of seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,17 +2,20 @@
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from tale_ray.attempt.search import ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.records import Round
+from tale_ray.results.tables import count_text
 from tale_ray.search.driver import HeldOutScored, RoundFinished, ScoringStarted, SearchEnded
 from tale_ray.search.pool import ScoringAdvanced, UnitRetried, WorkersChanged
+from tale_ray.search.scheduler import Scoring
+from tale_ray.store.uris import strip_credentials
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -33,15 +36,16 @@ class Display:
             transient=True,
             disable=not console.is_terminal,
         )
+        self._scoring: Scoring | None = None  # what the bar shows
         self._bar: TaskID | None = None
         self._started_at = 0.0
         self._started_with = 0
         self._last_line_at = 0.0
-        self._handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+        self._logs = _LogLines(self._say)
 
     def __enter__(self) -> "Display":
         logger = logging.getLogger("tale_ray")
-        logger.addHandler(self._handler)
+        logger.addHandler(self._logs)
         logger.setLevel(logging.INFO)
         self._live.start()
         return self
@@ -50,40 +54,45 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.stop()
-        logging.getLogger("tale_ray").removeHandler(self._handler)
+        logging.getLogger("tale_ray").removeHandler(self._logs)
 
     def show(self, event: Any) -> None:
         """Show one event of an attempt."""
         match event:
             case RowsPrepared(task, counts, notes):
-                self._say(f"task {task}: " + ", ".join(f"{count} {split} rows" for split, count in counts.items()))
+                self._say(
+                    f"task {task}: " + ", ".join(count_text(count, f"{split} row") for split, count in counts.items())
+                )
                 for note in notes:
                     self._say(f"note: {note}")
             case ModelLoaded(info):
                 self._say(
-                    f"model: {info.family}, {info.num_layers} layers, {info.dtype} on {info.device}, "
+                    f"model: {info.family}, {count_text(info.num_layers, 'layer')}, {info.dtype} on {info.device}, "
                     f"loaded in {info.load_seconds:.1f} s"
                 )
                 for note in info.notes:
                     self._say(f"note: {note}")
             case RunOpened(run, attempt, history):
                 if attempt == 0:
-                    self._say(f"{run} is finished; nothing is left to do")
+                    progress = "finished; nothing is left to do"
                 elif history is not None and history.rounds:
-                    self._say(f"{run}: attempt {attempt} goes on after round {history.final.number}")
+                    progress = f"attempt {attempt} goes on after round {history.final.number}"
                 else:
-                    self._say(f"{run}: attempt {attempt}")
-            case ScoringStarted():
-                self._start(event)
+                    progress = f"attempt {attempt}"
+                self._say(f"run {strip_credentials(run)}: {progress}")
+            case ScoringStarted(scoring, _, done_cells, total_cells):
+                self._start(scoring, done_cells, total_cells)
+                if done_cells:
+                    self._say(f"{scoring.scope}: {done_cells} of {total_cells} candidate-rows are there")
             case ScoringAdvanced():
                 self._advance(event)
             case RoundFinished(entry, history):
                 self._say(_round_line(entry))
             case UnitRetried(unit, scope, reason):
-                self._say(f"unit {unit} of {scope} is tried again: {_first_line(reason)}")
+                self._say(f"unit {unit} of {scope} is tried again: {_last_line(reason)}")
             case WorkersChanged(worker, num_workers, lost_because):
-                change = "joined" if lost_because is None else f"is lost ({_first_line(lost_because)})"
-                self._say(f"{worker} {change}; {num_workers} workers")
+                change = "joined" if lost_because is None else f"is lost ({_last_line(lost_because)})"
+                self._say(f"{worker} {change}; {count_text(num_workers, 'worker')}")
             case SearchEnded(reason):
                 self._say(f"search ended: {reason}")
             case HeldOutScored(name, score):
@@ -92,23 +101,23 @@ class Display:
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _start(self, event: ScoringStarted) -> None:
+    def _start(self, scoring: Scoring, done_cells: int, total_cells: int) -> None:
         if self._bar is not None:
             self._live.remove_task(self._bar)
+        self._scoring = scoring
         self._started_at = self._last_line_at = time.monotonic()
-        self._started_with = event.done_cells
-        candidates = len(event.scoring.candidates)
+        self._started_with = done_cells
         self._bar = self._live.add_task(
-            f"{event.scoring.scope}, {candidates} candidate{'s' if candidates > 1 else ''}",
-            total=event.total_cells,
-            completed=event.done_cells,
+            f"{scoring.scope}, {count_text(len(scoring.candidates), 'candidate')}",
+            total=total_cells,
+            completed=done_cells,
             rate="",
             leader="",
         )
-        if event.done_cells:
-            self._say(f"{event.scoring.scope}: {event.done_cells} of {event.total_cells} candidate-rows are there")
 
     def _advance(self, event: ScoringAdvanced) -> None:
+        if event.scoring != self._scoring:  # an evaluation, which does not tell of its start
+            self._start(event.scoring, event.done_cells, event.total_cells)
         now = time.monotonic()
         rate = (event.done_cells - self._started_with) / max(now - self._started_at, 1e-9)
         leader = ""
@@ -121,7 +130,7 @@ class Display:
             left = (event.total_cells - event.done_cells) / rate if rate else float("inf")
             self._say(
                 f"{event.scoring.scope}: {event.done_cells}/{event.total_cells} candidate-rows, {rate:.1f} rows/s, "
-                f"{left:.0f} s left, {event.num_workers} workers{'; ' + leader if leader else ''}"
+                f"{left:.0f} s left, {count_text(event.num_workers, 'worker')}{'; ' + leader if leader else ''}"
             )
 
 
@@ -133,6 +142,18 @@ def _round_line(entry: Round) -> str:
     return f"round {entry.number}: layer {entry.removed_layer} {verdict}, {score}"
 
 
-def _first_line(text: str) -> str:
+def _last_line(text: str) -> str:
+    """Return the line of a traceback that says what happened."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else text
+
+
+class _LogLines(logging.Handler):
+    """Says each record on one line; rich's own handler would break lines at 80 characters in a file."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(self.format(record))

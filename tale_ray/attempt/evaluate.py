@@ -7,11 +7,11 @@ from typing import TypeAlias
 
 from tale_ray.attempt.execution import encode_questions, make_executor
 from tale_ray.attempt.identity import with_absolute_paths
+from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import prepare_rows
 from tale_ray.attempt.search import ModelLoaded, RowsPrepared
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, TaskError
-from tale_ray.model.digest import check_model
 from tale_ray.records import Score, SplitName
 from tale_ray.results.summary import stored_history
 from tale_ray.search.driver import unit_shape
@@ -35,7 +35,7 @@ def run_evaluation(
     config = with_absolute_paths(config)
     with interruption.breakable():
         prepared = prepare_rows(config.task)
-        check_model(config.model)
+        check_request(config)
     yield RowsPrepared(prepared.spec.name, prepared.counts, prepared.notes)
     if split is not None and split not in prepared.examples:
         raise TaskError(

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 
 from tale_ray.attempt.execution import encode_questions, make_executor, token_digests
 from tale_ray.attempt.identity import differences, identity_digest, run_identity, with_absolute_paths
+from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.config import SearchConfig
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StoreError
-from tale_ray.model.digest import check_model, digest_model, model_folder
+from tale_ray.model.digest import digest_model, model_folder
 from tale_ray.records import ModelInfo, SplitName, StopReason
 from tale_ray.results.summary import stop_reason, stored_history
 from tale_ray.search.driver import Driver, SearchEvent, why_zero
@@ -54,7 +55,7 @@ class ModelLoaded:
 class RunOpened:
     """The run folder is ours, or holds a finished run (`attempt` 0: nothing is left to do)."""
 
-    run: str
+    run: str  # as it was asked for, to open it again
     attempt: int
     history: History | None  # what earlier attempts have finished
 
@@ -80,7 +81,7 @@ def plan_search(config: SearchConfig) -> SearchPlan:
     """
     config = with_absolute_paths(config)
     prepared = prepare_rows(config.task)
-    check_model(config.model)
+    check_request(config)
     folder = model_folder(config.model.model)
     identity = run_identity(config, prepared, digest_model(folder, config.model.gguf)) if folder else None
     run = config.storage.run
@@ -139,7 +140,8 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         manifest = _manifest(config, prepared, identity, info, token_digests(questions.rows))
         _adopt(writer, manifest)
         history = stored_history(writer.reader, manifest)
-        yield RunOpened(writer.reader.uri, writer.attempt, history)
+        assert run is not None, "a writer has a run"
+        yield RunOpened(run, writer.attempt, history)
         writer.update_attempt(load_seconds=info.load_seconds)
         driver = Driver(
             strategy=make_strategy(config.strategy),

@@ -1,6 +1,7 @@
 """What a run folder says of itself: the fields of `tale-ray show --json`, read from storage alone."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tale_ray.config import SearchConfig
@@ -10,14 +11,19 @@ from tale_ray.search.strategy import make_strategy
 from tale_ray.store.documents import Manifest
 from tale_ray.store.lease import holder_state
 from tale_ray.store.reader import RunReader
+from tale_ray.store.tables import StoredRound
 
 SHOWN_SPLITS: tuple[SplitName, ...] = ("shots", "search", "select", "test")
 
 
 def stored_history(reader: RunReader, manifest: Manifest) -> History:
     """Return the finished rounds of a run."""
+    return _history(reader.rounds(), manifest)
+
+
+def _history(rounds: Sequence[StoredRound], manifest: Manifest) -> History:
     return History.of(
-        (stored.round for stored in reader.rounds()),
+        (stored.round for stored in rounds),
         num_layers=manifest.model["num_layers"],
         start=tuple(manifest.config["strategy"]["remove"]),
     )
@@ -43,7 +49,8 @@ def summarize(reader: RunReader) -> dict[str, Any]:
         return _skeleton(reader.uri)
     manifest = reader.manifest()
     config = SearchConfig.from_json(manifest.config)
-    history = stored_history(reader, manifest)
+    rounds = reader.rounds()
+    history = _history(rounds, manifest)
     attempts = reader.attempts()
     reason = stop_reason(history, config)
     failed = bool(attempts) and attempts[-1].how == "failed"
@@ -55,7 +62,7 @@ def summarize(reader: RunReader) -> dict[str, Any]:
         state = "failed" if failed or reason is StopReason.BASELINE_ZERO else "interrupted"
     if reason is None and not is_held:
         reason = StopReason.ERROR if failed else StopReason.INTERRUPTED
-    work = sum((stored.work for stored in reader.rounds()), _partial_work(reader, history))
+    work = sum((stored.work for stored in rounds), _partial_work(reader, history))
     return {
         **_skeleton(reader.uri),
         "state": state,

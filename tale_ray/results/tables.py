@@ -1,5 +1,6 @@
 """What a run has found, as tables for a person. Takes the summary, so it can show nothing that JSON does not have."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ from rich.text import Text
 
 from tale_ray.records import Score
 
-NEXT_STEP = {
-    "running": "watch it again with: tale-ray show {run}",
-    "finished": "score a result on other rows with: tale-ray evaluate --run {run} --pick best --split test",
+_NEXT_STEPS = {
+    "running": "look again with: tale-ray show {run}",
+    "finished": "score a result on other rows with: tale-ray evaluate --run {run} --pick best --split select",
     "interrupted": "go on with: tale-ray resume {run}",
     "failed": "see the error in {run}/attempts, then go on with: tale-ray resume {run}",
 }
@@ -19,8 +20,11 @@ NEXT_STEP = {
 
 def run_table(summary: Mapping[str, Any]) -> RenderableType:
     """Return the rounds and the results of a run, where it lies, and what to do next."""
-    facts = Text(f"{summary['task']} on {summary['model']}, {summary['num_layers']} layers: {summary['state']}")
-    if summary["stop_reason"]:
+    if summary["task"] is None:
+        return Text(f"{summary['run']}: loading the model, nothing is stored yet\n{_next_step(summary)}")
+    layers = count_text(summary["num_layers"], "layer")
+    facts = Text(f"{summary['task']} on {summary['model']}, {layers}: {summary['state']}")
+    if summary["stop_reason"] not in (None, summary["state"]):
         facts.append(f" ({summary['stop_reason']})")
     parts: list[RenderableType] = [facts]
     if summary["baseline"]:
@@ -28,13 +32,23 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
     seconds, work = summary["seconds"], summary["work"]
     parts.append(
         Text(
-            f"{summary['attempts']} attempts, {seconds['search']:.1f} s searching, {seconds['load']:.1f} s loading; "
-            f"{work['candidate_rows']} candidate-rows in {work['units']} units, {work['retries']} retries"
+            f"{count_text(summary['attempts'], 'attempt')}, {seconds['search']:.1f} s searching, "
+            f"{seconds['load']:.1f} s loading; {count_text(work['candidate_rows'], 'candidate-row')} "
+            f"in {count_text(work['units'], 'unit')}, {work['retries']} retried"
         )
     )
     parts.append(Text(f"run: {summary['run']}"))
-    parts.append(Text(NEXT_STEP[summary["state"]].format(run=summary["run"])))
+    parts.append(Text(_next_step(summary)))
     return Group(*parts)
+
+
+def _next_step(summary: Mapping[str, Any]) -> str:
+    run = shlex.quote(summary["run"])
+    if summary["stop_reason"] == "baseline_zero":
+        return "the full model answers no search row correctly: look at the task with `tale-ray tasks show`"
+    if summary["state"] == "finished" and summary["rows"]["test"] and summary["test"] is None:
+        return f"the test rows are not scored yet: tale-ray resume {run}"
+    return _NEXT_STEPS[summary["state"]].format(run=run)
 
 
 def _rounds(summary: Mapping[str, Any]) -> Table:
@@ -77,6 +91,11 @@ def _results(summary: Mapping[str, Any]) -> Table:
             accuracy_text(test[name]) if name in test else "-",
         )
     return table
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number of things as a person reads it: `1 attempt`, `2 attempts`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def layers_text(layers: Sequence[int]) -> str:

@@ -37,11 +37,18 @@ class Interruption:
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """Let a request break into the body."""
+        """Let a request break into the body.
+
+        The body ends as interrupted too where a library took the request for an error of its own.
+        """
         self._breakable = True
         try:
             self.check()
             yield
+        except Exception as error:
+            if self.reason is None or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(self.reason) from error
         finally:
             self._breakable = False
 
@@ -53,7 +60,7 @@ class Interruption:
 
     @contextmanager
     def on_signals(self, time_limit_seconds: float | None = None) -> Iterator[None]:
-        """Turn SIGINT, SIGTERM and the time limit into requests; a second signal ends the process at once.
+        """Turn SIGINT, SIGTERM and the time limit into requests; after a signal, a second one ends the process at once.
 
         Outside the main thread, where Python allows no handlers, it does nothing.
         """
@@ -62,14 +69,13 @@ class Interruption:
             return
 
         def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            for each in _SIGNALS:
+            if number == signal.SIGALRM:
+                self.request(f"the time limit of {time_limit_seconds:g} s is reached")
+                return
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, signal.SIG_DFL)
-            expired = number == signal.SIGALRM
-            self.request(
-                f"the time limit of {time_limit_seconds:g} s is reached"
-                if expired
-                else f"{signal.Signals(number).name} was received"
-            )
+            self.request(f"{signal.Signals(number).name} was received")
 
         previous = {number: signal.getsignal(number) for number in _SIGNALS}
         self._handler = handle
@@ -81,4 +87,4 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._handler = None
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not installed by Python
