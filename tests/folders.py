@@ -27,7 +27,7 @@ messages:
 reply: "{{{{ answer }}}}"
 target: "{{{{ answer }}}}"
 answer: {{type: regex, pattern: '(t\d+)'}}
-max_new_tokens: 1
+max_new_tokens: {num_tokens}
 """
 
 
@@ -38,6 +38,7 @@ class Material:
     model: Path
     other_model: Path  # the same configuration with other weights
     task: Path
+    long_task: Path  # the same with long replies: a search that is still running when it is looked at
     zero_task: Path  # the model answers none of its rows
     folder: Path
 
@@ -94,15 +95,22 @@ def make_material(folder: Path) -> Material:
     _save_model(folder / "other", seed=1)
     rows = _rows(model)
     write_rows(folder / "rows.jsonl", rows)
-    (folder / "tiny.yaml").write_text(TASK.format(name="tiny", rows="rows.jsonl"))
-    (folder / "zero.yaml").write_text(TASK.format(name="zero", rows="rows.jsonl").replace("'(t", "'never (t"))
+    (folder / "tiny.yaml").write_text(task_text("tiny"))
+    (folder / "long.yaml").write_text(task_text("long", num_tokens=32))
+    (folder / "zero.yaml").write_text(task_text("zero").replace("'(t", "'never (t"))
     return Material(
         model=folder / "model",
         other_model=folder / "other",
         task=folder / "tiny.yaml",
+        long_task=folder / "long.yaml",
         zero_task=folder / "zero.yaml",
         folder=folder,
     )
+
+
+def task_text(name: str, rows: str = "rows.jsonl", num_tokens: int = 1) -> str:
+    """A task file over rows with a question and an answer."""
+    return TASK.format(name=name, rows=rows, num_tokens=num_tokens)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,144 @@
+"""The Python API: the same requests and results as the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import Material, command, show
+from folders import material_fixture as material_fixture
+
+import tale_ray
+from tale_ray.api import make_config, resumed_config
+from tale_ray.errors import BaselineZero, ConfigError, StoreError
+from tale_ray.records import Score
+
+
+@pytest.fixture(scope="module", name="options")
+def options_fixture(material: Material) -> dict[str, Any]:
+    return {"model": material.model, "task": material.task, "epsilon": "0.1", "local": True}
+
+
+@pytest.fixture(scope="module", name="run")
+def run_fixture(material: Material, options: dict[str, Any]) -> Any:
+    return tale_ray.search(**options, run=material.folder / "api", rows=20)
+
+
+def test_a_search_returns_its_run(run: Any, material: Material) -> None:
+    assert run.uri == str(material.folder / "api")
+    assert run.summary == show(run.uri)
+    assert run.best.number == run.summary["best"]["round"]
+    assert run.bsba.number == run.summary["bsba"]["round"]
+    assert list(run.final.removed) == run.summary["final"]["removed"]
+    assert run.final.number == len(run.summary["rounds"]) > 0
+    assert tale_ray.open_run(material.folder / "api") == run
+
+
+def test_a_finished_run_is_returned_again(run: Any, options: dict[str, Any]) -> None:
+    before = run.summary
+    assert tale_ray.search(**options, run=run.uri, rows=20) == run
+    assert tale_ray.resume(run.uri) == run
+    assert run.summary == before
+
+
+def test_resume_goes_on(material: Material, options: dict[str, Any]) -> None:
+    run = tale_ray.search(**options, run=material.folder / "on", rows=20, max_removed=1)
+    assert run.summary["stop_reason"] == "max_removed"
+    assert len(run.history.rounds) == 2
+    on = tale_ray.resume(material.folder / "on", max_removed=2)
+    assert len(on.history.rounds) == 3
+    assert on.summary["attempts"] == 2
+
+
+def test_evaluate(run: Any, options: dict[str, Any]) -> None:
+    final = run.summary["final"]
+    scored = tale_ray.evaluate(run=run.uri, pick="final", split="search")
+    assert isinstance(scored, Score)
+    assert (scored.correct, scored.total) == (final["correct"], 20)
+    again = tale_ray.evaluate("search", **options, rows=20, remove=final["removed"])
+    assert again == scored
+    test = tale_ray.evaluate(run=run.uri, pick="final")
+    assert test.correct == run.summary["test"]["final"]["correct"]
+    assert tale_ray.evaluate("all", **options).total == 100
+
+
+def test_errors_are_those_of_the_commands(material: Material, options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BaselineZero, match="0 of 50"):
+        tale_ray.search(**{**options, "task": material.zero_task}, run=tmp_path / "zero")
+    with pytest.raises(StoreError, match="is not a run"):
+        tale_ray.open_run(tmp_path)
+    with pytest.raises(StoreError, match="is not a run"):
+        tale_ray.resume(tmp_path)
+    with pytest.raises(ConfigError, match="pick '1' is a result of a run"):
+        tale_ray.evaluate(**options, pick="1")
+    with pytest.raises(ConfigError, match="both say which layers"):
+        tale_ray.evaluate(run=tmp_path, pick="best", remove="1")
+    with pytest.raises(AttributeError, match="no attribute 'serch'"):
+        tale_ray.serch  # noqa: B018
+
+
+def test_resume_refuses_what_would_change_a_decision(run: Any) -> None:
+    with pytest.raises(StoreError, match=r"epsilon: the run has \"1/10\", asked for is \"1/50\""):
+        tale_ray.resume(run.uri, epsilon="0.02")
+    with pytest.raises(ConfigError, match="option 'epsilom' is not known"):
+        tale_ray.resume(run.uri, epsilom="0.2")
+
+
+def test_texts_are_read_as_on_the_command_line() -> None:
+    texts = make_config(
+        model=Path("/models/m"),
+        task="t",
+        splits="search=0.5",
+        epsilon=0.08,
+        remove="3,7",
+        keep_layers="1",
+        wait_resources="5m",
+        time_limit="1h",
+        batch_bytes="1MiB",
+    )
+    values = make_config(
+        model="/models/m",
+        task="t",
+        splits={"search": "0.5"},
+        epsilon="0.08",
+        remove=[3, 7],
+        keep_layers=(1,),
+        wait_resources=300,
+        time_limit=3600.0,
+        batch_bytes=2**20,
+    )
+    assert texts == values
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "t"}, "model is missing"),
+        ({"model": "m"}, "task is missing: name it with --task, in the --config file, or as task=... in Python"),
+        ({"model": "m", "task": "t", "rowz": 3}, "option 'rowz' is not known"),
+        ({"model": "m", "task": "t", "rows": "3"}, "rows '3' is not a whole number"),
+        ({"model": "m", "task": "t", "remove": "a"}, "remove 'a' is not a list of layers"),
+        ({"model": "m", "task": "t", "epsilon": None}, "epsilon 'None' is not a number"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_config(**options)
+    assert words in str(refused.value)
+
+
+def test_a_resumed_run_is_in_the_place_that_is_asked_for(run: Any) -> None:
+    def place(**options: Any) -> tuple[bool, str | None, int | None]:
+        resources = resumed_config(run.uri, **options).resources
+        return resources.local, resources.address, resources.workers
+
+    assert place() == (True, None, None)
+    assert place(address="ray://a") == (False, "ray://a", None)
+    assert place(workers=3) == (False, None, 3)
+    assert place(workers=1) == (True, None, 1)
+    assert place(time_limit="1h") == (True, None, None)
+    assert resumed_config(run.uri, time_limit="1h").storage.time_limit_seconds == 3600
+    assert resumed_config(run.uri).storage.time_limit_seconds is None
+
+
+def test_the_command_line_can_go_on_with_it(run: Any) -> None:
+    assert command("resume", run.uri).code == 0

@@ -1,0 +1,292 @@
+"""Real processes that are killed, interrupted, put to sleep and doubled: what is finished stays, and nothing tears.
+
+Drivers are forked from a server that has imported torch once, so a start takes a moment; one test pays for the real
+command.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import Material, command, show
+from folders import material_fixture as material_fixture
+
+import tale_ray.cluster.worker
+from tale_ray.cli import main
+from tale_ray.store.reader import RunReader
+from tale_ray.store.run import RunWriter
+
+DEADLINE_SECONDS = 60.0
+EXIT_SECONDS = 10.0  # within which a signal ends a driver
+DECISIONS = (
+    "num_layers",
+    "rows",
+    "baseline",
+    "rounds",
+    "rejected_round",
+    "best",
+    "bsba",
+    "final",
+    "test",
+    "stop_reason",
+)
+
+pytestmark = pytest.mark.slow
+
+
+def drive(arguments: list[str], log: Path) -> None:
+    """The command line in a process of its own, everything it says in a file."""
+    with log.open("wb") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    main(arguments)
+
+
+@pytest.fixture(scope="module")
+def context() -> Any:
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(
+        ["tale_ray.cli", "tale_ray.cluster.worker", "transformers.models.llama.modeling_llama"]
+    )
+    return found
+
+
+@pytest.fixture
+def start(context: Any, tmp_path: Path) -> Iterator[Callable[..., "Driver"]]:
+    """Starts drivers, and ends those that are left."""
+    drivers: list[Driver] = []
+
+    def started(*arguments: Any) -> Driver:
+        log = tmp_path / f"log-{len(drivers)}"
+        process = context.Process(target=drive, args=([str(argument) for argument in arguments], log))
+        process.start()
+        drivers.append(Driver(process, log))
+        return drivers[-1]
+
+    yield started
+    for driver in drivers:
+        driver.process.kill()
+        driver.process.join()
+
+
+class Driver:
+    """A process that runs `tale-ray`."""
+
+    def __init__(self, process: BaseProcess, log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def exit_code(self, seconds: float = DEADLINE_SECONDS) -> int | None:
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not happened():
+            assert self.process.is_alive(), self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.002)
+
+
+def position(run: Path) -> tuple[int, int]:
+    """How far a run is: finished rounds, and stored units that belong to no finished round."""
+    rounds = len(list((run / "rounds").glob("round-*.parquet")))
+    units = 0
+    for scope in sorted((run / "partial").glob("*")):
+        try:
+            units += len(list(scope.glob("attempt-*.parquet")))
+        except FileNotFoundError:  # dropped just now
+            continue
+    return rounds, units
+
+
+def stored(run: Path, pattern: str = "*.parquet") -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob(pattern)}
+
+
+@contextmanager
+def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(tale_ray.cluster.worker, "load_model", None)
+        yield
+
+
+KILLS = [(0, 0), (0, 1), (0, 9), (1, 3), (1, 12), (2, 5), (3, 2), (3, 11), (4, 7), (5, 18)]
+
+
+def test_a_driver_killed_ten_times_decides_as_one_never_killed(
+    material: Material, start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    quiet = tmp_path / "quiet"
+    assert material.search(quiet).code == 0
+    run = tmp_path / "run"
+    rounds: dict[str, tuple[bytes, int]] = {}
+    for kill in KILLS:
+        began, before = (run / "run.json").exists(), position(run)
+        driver = start(*(["resume", run] if began else material.arguments(run)))
+        if kill == (0, 0):  # while it loads the model
+            driver.wait_until((run / "lease.json").exists)
+        else:
+            driver.wait_until(lambda target=kill, start=before: position(run) >= target and position(run) > start)
+        driver.signal(signal.SIGKILL)
+        assert driver.exit_code() == -signal.SIGKILL
+        found = stored(run / "rounds")
+        assert {name: found[name] for name in rounds} == rounds, "no finished round is lost or written again"
+        rounds = found
+        if (run / "run.json").exists():
+            summary = show(run)
+            assert summary["state"] in ("interrupted", "finished")
+            assert (summary["stop_reason"] == "interrupted") is (summary["state"] == "interrupted")
+    final = start("resume", run)
+    assert final.exit_code() == 0, final.said
+    assert {name: stored(run / "rounds")[name] for name in rounds} == rounds
+    killed, undisturbed = show(run), show(quiet)
+    for name in DECISIONS:
+        assert killed[name] == undisturbed[name]
+    for name in ("candidate_rows", "layer_applications"):
+        assert killed["work"][name] == undisturbed["work"][name], "no finished unit is computed again"
+    assert killed["attempts"] == len(KILLS), "all but the one that was killed while it loaded"
+    assert list(run.rglob("_tmp-*")) == [], "left-overs are cleaned up"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_driver_and_it_goes_on(
+    material: Material, start: Callable[..., Driver], tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    driver = start(*material.arguments(run))
+    driver.wait_until(lambda: position(run) >= (1, 4))
+    driver.signal(number)
+    assert driver.exit_code(EXIT_SECONDS) == 75, driver.said
+    last = driver.said.strip().splitlines()[-1]
+    assert last == (
+        f"tale-ray: {number.name} was received: everything finished is stored; go on with: tale-ray resume {run}"
+    )
+    assert "Traceback" not in driver.said
+    (attempt,) = RunReader(str(run)).attempts()
+    assert attempt.how == "interrupted"
+    assert attempt.ended is not None
+    assert not (run / "lease.json").exists()
+    summary = show(run)
+    assert (summary["state"], summary["stop_reason"]) == ("interrupted", "interrupted")
+    assert f"go on with: tale-ray resume {run}" in command("show", run).out
+    assert command("resume", run).code == 0
+    assert material.search(tmp_path / "quiet").code == 0
+    for name in DECISIONS:
+        assert show(run)[name] == show(tmp_path / "quiet")[name]
+
+
+def test_the_real_command_is_interrupted_while_it_loads_and_while_it_searches(
+    material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [sys.executable, "-m", "tale_ray", *material.arguments(run, "--task", material.long_task)]
+
+    def interrupted_after(happened: Callable[[], bool]) -> str:
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                deadline = time.monotonic() + DEADLINE_SECONDS
+                while not happened():
+                    assert process.poll() is None, process.communicate()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                out, said = process.communicate(timeout=EXIT_SECONDS)
+            finally:
+                process.kill()
+        assert (process.returncode, out) == (75, "")
+        assert "Traceback" not in said
+        return said.strip().splitlines()[-1]
+
+    said = interrupted_after((run / "lease.json").exists)
+    assert said == "tale-ray: SIGTERM was received: nothing was scored yet; run the same command again"
+    assert not (run / "run.json").exists()
+    said = interrupted_after(lambda: position(run) >= (0, 1))
+    assert said.endswith(f"go on with: tale-ray resume {run}")
+
+
+def test_a_signal_that_the_loading_library_takes_for_an_error(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tale_ray.model.load.AutoConfig.from_pretrained", load)
+    outcome = material.search(tmp_path / "run")
+    assert outcome.code == 75, outcome.err
+    assert "SIGTERM was received: nothing was scored yet" in outcome.err
+
+
+def test_the_time_limit(material: Material, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = time.monotonic()
+    outcome = material.search(run, "--task", material.long_task, "--time-limit", "2")
+    assert outcome.code == 75, outcome.err
+    assert time.monotonic() - started < 2 + EXIT_SECONDS
+    assert f"the time limit of 2 s is reached: everything finished is stored; go on with: tale-ray resume {run}" in (
+        outcome.err
+    )
+    assert show(run)["state"] == "interrupted"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_second_driver_is_refused_and_the_first_is_undisturbed(
+    material: Material, start: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    driver = start(*material.arguments(run, "--task", material.long_task))
+    driver.wait_until(lambda: position(run) >= (0, 1))
+    with no_model(monkeypatch):
+        second = material.search(run, "--task", material.long_task)
+        third = command("resume", run)
+    for refused in (second, third):
+        assert refused.code == 2
+        message = refused.err.strip().splitlines()[-1]
+        assert f"is being written by process {driver.process.pid} on host" in message
+        assert "Its lease runs until 20" in message
+    summary = show(run)
+    assert summary["state"] == "running"
+    assert summary["stop_reason"] is None
+    assert summary["attempts"] == 1
+    before = position(run)
+    driver.wait_until(lambda: position(run) > before)
+    driver.signal(signal.SIGTERM)
+    assert driver.exit_code(EXIT_SECONDS) == 75
+
+
+def test_a_driver_that_was_asleep_too_long_writes_nothing_more(
+    material: Material, start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    driver = start(*material.arguments(run, "--task", material.long_task))
+    driver.wait_until(lambda: position(run) >= (0, 3))
+    driver.signal(signal.SIGSTOP)
+    lease = json.loads((run / "lease.json").read_text())
+    (run / "lease.json").write_text(json.dumps({**lease, "expires": time.time() - 1}))
+    with RunWriter.claim(str(run)) as writer:
+        assert writer.attempt == 2
+        before = {**stored(run), **stored(run, "*.json")}
+        driver.signal(signal.SIGCONT)
+        assert driver.exit_code(EXIT_SECONDS) == 75, driver.said
+        assert {**stored(run), **stored(run, "*.json")} == before
+    last = driver.said.strip().splitlines()[-1]
+    assert f"was taken over by process {os.getpid()}" in last
+    assert "so this one stops" in last
