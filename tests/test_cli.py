@@ -195,6 +195,17 @@ def test_a_moved_run_of_a_moved_model_and_task_goes_on(material: Material, tmp_p
     assert summary["model"] == str(elsewhere / "model")
 
 
+def test_relative_paths_mean_the_same_elsewhere(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(material.folder)
+    paths = ("--model", "model", "--task", "tiny.yaml", "--run", "relative")
+    assert command("search", "--local", *paths, "--max-removed", "0").code == 0
+    monkeypatch.chdir(tmp_path)
+    resumed = command("resume", material.folder / "relative")
+    assert resumed.code == 0, resumed.err
+
+
 def test_a_changed_model_is_refused(material: Material, copy: Path, no_model: None) -> None:
     before = files(copy)
     outcome = command("resume", copy, "--model", material.other_model)

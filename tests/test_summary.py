@@ -122,6 +122,9 @@ def test_the_fields_through_the_life_of_a_run(
     assert (started["num_layers"], started["epsilon"]) == (6, 0.1)
     assert started["rows"] == {"shots": 0, "search": 50, "select": 20, "test": 30}
     assert started["work"]["units"] == 0
+    baseline = checked(seen["end of 0"], *NULL_BEFORE_THE_BASELINE)
+    assert baseline["work"]["units"] > 0
+    assert baseline["work"]["candidate_rows"] == 0
     first = checked(seen["end of 1"])
     assert first["rounds"] == [], "only committed rounds are shown"
     assert (
