@@ -1,19 +1,26 @@
 """Reaching a Ray cluster, and whether it can give what is asked for."""
 
 import contextlib
+import json
 import logging
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.experimental.internal_kv import _internal_kv_get
 
 from tale_ray.config import ResourceSection
-from tale_ray.errors import InfeasibleError
+from tale_ray.errors import InfeasibleError, Interrupted
 
 logger = logging.getLogger("tale_ray.cluster")
 
-_AUTOSCALER_STATUS = b"__autoscaling_status"
+CONNECT_SECONDS = 5.0
+_TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # about one try per second
+_AUTOSCALER_STATUS = b"__autoscaling_status"  # JSON, of the autoscaler's version 1
+_AUTOSCALER_V2 = b"__autoscaler_v2_enabled"
 
 
 @contextlib.contextmanager
@@ -32,21 +39,55 @@ def connected(address: str | None) -> Iterator[None]:
         if address is None:
             ray.init(address="local", include_dashboard=False, **options)
         else:
-            ray.init(address=address, **options)
-    except AuthenticationError as error:
-        raise InfeasibleError(
-            f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-            f"RAY_AUTH_TOKEN_PATH) to the cluster's own; it said: {error}"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InfeasibleError(
-            f"no Ray cluster can be reached at {address or 'this machine'}: check the address (HOST:PORT of the head "
-            f"node, or auto) and that it is up; Ray said: {error}"
-        ) from error
+            _check_listening(address)
+            with _few_tries():
+                ray.init(address=address, **options)
+    except SystemExit as error:  # from here on Ray handles SIGTERM
+        raise Interrupted("SIGTERM was received") from error
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+        raise _as_infeasible(error, address) from error
     try:
         yield
     finally:
         ray.shutdown()  # ends a private cluster, only disconnects from another
+
+
+def _check_listening(address: str) -> None:
+    """Find out in seconds that nobody answers: Ray tries for more than a minute, deaf to signals.
+
+    Raises:
+        OSError: no connection to the host and port in `address`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _few_tries() -> Iterator[None]:
+    """Let `ray.init` try for seconds, unless the environment says for how long: a wrong token stays wrong."""
+    if _TRIES_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_TRIES_VARIABLE] = "3"
+    try:
+        yield
+    finally:
+        del os.environ[_TRIES_VARIABLE]
+
+
+def _as_infeasible(error: Exception, address: str | None) -> InfeasibleError:
+    """Return in words why there is no cluster. Ray hides a refused token in the text of a cause."""
+    if isinstance(error, AuthenticationError) or "AuthenticationError" in f"{error} {error.__cause__}":
+        return InfeasibleError(
+            f"the Ray cluster at {address} asks for a token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token does not hold the right one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
+            "cluster's own"
+        )
+    return InfeasibleError(
+        f"no Ray cluster can be reached at {address or 'this machine'}: check the address (HOST:PORT of the head "
+        f"node, or auto) and that it is up; the error was: {error}"
+    )
 
 
 def check_feasible(resources: ResourceSection) -> None:
@@ -65,26 +106,35 @@ def check_feasible(resources: ResourceSection) -> None:
     missing = {name: amount - max((node.get(name, 0) for node in nodes), default=0) for name, amount in wanted.items()}
     raise InfeasibleError(
         f"a worker needs {describe(wanted)}, and no node of the cluster can ever give that: "
-        f"{len(nodes)} nodes have {'; '.join(describe(node) for node in nodes)}. "
+        f"{'; '.join(f'one has {describe(node)}' for node in nodes)}. "
         f"The largest misses {describe({name: amount for name, amount in missing.items() if amount > 0})}. "
         "Ask for less per worker, or join a larger node"
     )
 
 
 def has_autoscaler() -> bool:
-    """Return whether the cluster can grow by itself."""
-    return bool(ray.experimental.internal_kv._internal_kv_get(_AUTOSCALER_STATUS))
+    """Return whether the cluster can grow by itself.
+
+    Every head runs a monitor that reports its nodes; without an autoscaler each is said to be of a type of its own.
+    """
+    if _internal_kv_get(_AUTOSCALER_V2) == b"1":
+        return True
+    report = json.loads(_internal_kv_get(_AUTOSCALER_STATUS) or b"{}").get("autoscaler_report") or {}
+    types = {*(report.get("active_nodes") or ()), *(report.get("idle_nodes") or ())}
+    return bool(types - {f"node_{node['NodeID']}" for node in ray.nodes()})
 
 
 def describe(resources: Mapping[str, float]) -> str:
     """Return CPUs and GPUs in words, e.g. `2 CPUs and 1 GPU`."""
-    return " and ".join(
-        f"{resources.get(name, 0):g} {name}{'s' if resources.get(name, 0) != 1 else ''}"
-        for name in ("CPU", "GPU")
-        if name in resources or name == "CPU"
-    )
+    amounts = {name: resources[name] for name in ("CPU", "GPU") if resources.get(name)}
+    return " and ".join(f"{amount:g} {name}{'s' if amount != 1 else ''}" for name, amount in amounts.items()) or "none"
+
+
+def describe_worker(resources: ResourceSection) -> str:
+    """Return what one worker needs, in words."""
+    return describe({"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker})
 
 
 def describe_cluster() -> str:
     """Return what the cluster has and what of it is free, in words."""
-    return f"the cluster has {describe(ray.cluster_resources())}, free are {describe(ray.available_resources())}"
+    return f"the cluster has {describe(ray.cluster_resources())}, of these free: {describe(ray.available_resources())}"

@@ -20,7 +20,7 @@ class LocalExecutor:
         self._dtype = dtype
         self._resources = resources
         self._units: deque[WorkUnit] = deque()
-        self._joined = False
+        self._joining = False
 
     def connect(self) -> None:
         """Check that this machine has the GPUs asked for."""
@@ -49,6 +49,7 @@ class LocalExecutor:
     def share(self, questions: Questions) -> None:
         """Give the questions to the worker."""
         self._worker.share(questions)
+        self._joining = True
 
     def submit(self, worker: str, unit: WorkUnit) -> None:
         """Put the unit in the queue."""
@@ -57,8 +58,8 @@ class LocalExecutor:
 
     def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:  # noqa: ARG002
         """Run the oldest unit to its end, whatever the timeout."""
-        if not self._joined:
-            self._joined = True
+        if self._joining:
+            self._joining = False
             return (WorkerJoined(LOCAL_WORKER),)
         if not self._units:
             return ()

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from tale_ray.cluster.actor import WorkerActor
-from tale_ray.cluster.connection import check_feasible, connected, describe_cluster
+from tale_ray.cluster.connection import check_feasible, connected, describe_cluster, describe_worker
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, ModelError, TaleRayError, WorkersLost
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
@@ -23,6 +23,8 @@ from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEven
 
 logger = logging.getLogger("tale_ray.cluster")
 
+POLL_SECONDS = 1.0
+FETCH_SECONDS = 60.0  # for an answer that is ready
 MAX_STARTS_IN_VAIN = 3  # of one worker, without a finished unit in between
 
 
@@ -33,13 +35,18 @@ class _Slot:
     name: str
     actor: Any = None
     info: ModelInfo | None = None
-    starting: Any = None  # the call that is awaited before the worker joins
+    placing: Any = None  # the calls that are awaited before the worker joins, in this order
+    loading: Any = None
     sharing: Any = None
     units: dict[Any, WorkUnit] = field(default_factory=dict)  # by object reference
     starts_in_vain: int = 0
 
     def calls(self) -> list[Any]:
-        return [ref for ref in (self.starting, self.sharing) if ref is not None] + list(self.units)
+        return [ref for ref in (self.placing, self.loading, self.sharing) if ref is not None] + list(self.units)
+
+    @property
+    def placed(self) -> bool:
+        return self.actor is not None and self.placing is None
 
 
 class RayExecutor:
@@ -54,6 +61,7 @@ class RayExecutor:
         self._slots: list[_Slot] = []
         self._questions: Any = None
         self._info: ModelInfo | None = None
+        self._unplaced_since: float | None = None
 
     # The Executor protocol.
 
@@ -67,19 +75,22 @@ class RayExecutor:
         self._slots = [_Slot(name=f"worker-{number}") for number in range(self._num_workers())]
         for slot in self._slots:
             self._start(slot)
-        self._await_place()
-        while self._info is None:
-            self._collect(1.0)
-        return self._info
+        info = self._loaded_slot().info
+        assert info is not None
+        return info
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
         """Return the examples as token ids, by the first worker that has loaded."""
-        slot = next(slot for slot in self._slots if slot.info is not None)
-        try:
-            rows: tuple[PromptRow, ...] = ray.get(slot.actor.encode.remote(examples))
-        except RayTaskError as error:
-            raise _refusal(error) or error from None
-        return rows
+        while True:
+            slot = self._loaded_slot()
+            try:
+                rows: tuple[PromptRow, ...] = ray.get(slot.actor.encode.remote(examples))
+            except RayError as error:
+                if (refusal := _refusal(error)) is not None:
+                    raise refusal from None
+                _log_lost([self._lose(slot, _last_line(error))])
+            else:
+                return rows
 
     def share(self, questions: Questions) -> None:
         """Put the questions into the object store once; every worker fetches them before it joins."""
@@ -127,26 +138,34 @@ class RayExecutor:
         )
         slot.actor = actor_class.remote(slot.name, self._resources)
         slot.info = None
-        slot.starting = slot.actor.load.remote(self._section, self._dtype)
+        slot.placing = slot.actor.place.remote()
+        slot.loading = slot.actor.load.remote(self._section, self._dtype)
 
-    def _await_place(self) -> None:
-        """Wait until one worker runs somewhere; loading may take longer and is not limited.
+    def _loaded_slot(self) -> _Slot:
+        """Return a worker that has loaded the model; wait for one if need be. Loading may take any time."""
+        while True:
+            for slot in self._slots:
+                if slot.info is not None:
+                    return slot
+            _log_lost(self._collect(POLL_SECONDS))
+
+    def _check_places(self) -> None:
+        """Refuse to wait any longer for the place of the only workers, be they the first or replacements.
 
         Raises:
-            InfeasibleError: none found a place in time.
+            InfeasibleError: for some time no worker has run anywhere.
         """
-        places = [slot.actor.place.remote() for slot in self._slots]
-        deadline = time.monotonic() + self._resources.wait_resources_seconds
-        while True:
-            placed, _ = ray.wait(places, timeout=max(0.0, min(1.0, deadline - time.monotonic())))
-            if placed:
-                return
-            if time.monotonic() >= deadline:
-                raise InfeasibleError(
-                    f"no worker found a place within {self._resources.wait_resources_seconds:g} s: each needs "
-                    f"{self._resources.cpus_per_worker} CPUs and {self._resources.gpus_per_worker} GPUs, and "
-                    f"{describe_cluster()}. Wait until others are done, ask for less, or raise --wait-resources"
-                )
+        if any(slot.placed for slot in self._slots):
+            self._unplaced_since = None
+            return
+        now = time.monotonic()
+        self._unplaced_since = self._unplaced_since or now
+        if now - self._unplaced_since >= self._resources.wait_resources_seconds:
+            raise InfeasibleError(
+                f"no worker found a place within {self._resources.wait_resources_seconds:g} s: each needs "
+                f"{describe_worker(self._resources)}, and {describe_cluster()}. "
+                "Wait until others are done, ask for less, or raise --wait-resources"
+            )
 
     def _lose(self, slot: _Slot, reason: str) -> WorkerLost:
         """Replace the actor, or give the worker up if it keeps dying.
@@ -154,10 +173,9 @@ class RayExecutor:
         Raises:
             WorkersLost: that was the last one.
         """
-        logger.warning("%s is lost: %s", slot.name, reason)
         ray.kill(slot.actor)
         slot.units.clear()
-        slot.starting = slot.sharing = slot.info = slot.actor = None
+        slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = None
         slot.starts_in_vain += 1
         if slot.starts_in_vain < MAX_STARTS_IN_VAIN:
             self._start(slot)
@@ -177,23 +195,27 @@ class RayExecutor:
         ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
         if ready:
             ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
-        return [
+        events = [
             event
             for ref in ready
             if ref in owners[ref].calls()  # not one of a worker that was lost a moment ago
             for event in self._answer(owners[ref], ref)
         ]
+        self._check_places()
+        return events
 
     def _answer(self, slot: _Slot, ref: Any) -> list[WorkerEvent]:
         try:
-            value = ray.get(ref, timeout=60)
-        except RayActorError as error:
-            return [self._lose(slot, str(error))]
-        except GetTimeoutError as error:
-            return [self._lose(slot, f"its answer could not be fetched: {error}")]
+            value = ray.get(ref, timeout=FETCH_SECONDS)
         except RayTaskError as error:
             return self._failed(slot, ref, error)
-        if ref == slot.starting:
+        except RayError as error:  # its process or node is gone, or what it answered cannot be fetched
+            return [self._lose(slot, _last_line(error))]
+        if ref == slot.placing:
+            logger.debug("%s runs at %s", slot.name, value)
+            slot.placing = None
+            return []
+        if ref == slot.loading:
             return self._loaded(slot, value)
         if ref == slot.sharing:
             slot.sharing = None
@@ -204,7 +226,7 @@ class RayExecutor:
         return [UnitDone(slot.name, result)]
 
     def _loaded(self, slot: _Slot, info: ModelInfo) -> list[WorkerEvent]:
-        slot.starting = None
+        slot.loading = None
         slot.info = info
         self._info = self._info or info
         if (info.digest, info.num_layers, info.dtype) != (self._info.digest, self._info.num_layers, self._info.dtype):
@@ -224,10 +246,22 @@ class RayExecutor:
             return [UnitFailed(slot.name, slot.units.pop(ref), str(error), refusal)]
         if refusal is not None:  # while loading: the same anywhere
             raise refusal
-        return [self._lose(slot, str(error))]
+        return [self._lose(slot, _last_line(error))]
 
 
-def _refusal(error: RayTaskError) -> TaleRayError | None:
+def _log_lost(events: Sequence[WorkerEvent]) -> None:
+    """Log what happened before anybody polls."""
+    for event in events:
+        if isinstance(event, WorkerLost):
+            logger.warning("%s is lost: %s", event.worker, event.reason)
+
+
+def _last_line(error: RayError) -> str:
+    """Return the line of Ray's many that says what happened."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _refusal(error: RayError) -> TaleRayError | None:
     """Return the error that the worker raised on purpose, or None if it was raised by accident."""
-    cause = error.cause
+    cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, TaleRayError) else None

@@ -1,0 +1,181 @@
+"""The contract of every executor: what a driver may rely on, wherever units are run."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny, tiny_prompts, tiny_tokenizer
+
+from tale_ray.cluster.local import LocalExecutor
+from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.engine.score import score_unit
+from tale_ray.errors import ModelError, TaskError
+from tale_ray.model.load import LoadedModel, load_model
+from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.search.executor import Executor, Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined
+from tale_ray.tasks.prompts import encode
+from tale_ray.tasks.spec import AnswerSpec
+
+MakeExecutor = Callable[[Path], Executor]
+
+TEMPLATE = "{% for m in messages %}{{ raise_exception('not this') if 'bad' in m.content else m.content }}{% endfor %}"
+QUESTIONS = Questions(
+    rows={"search": [PromptRow(prompt, "t9") for prompt in tiny_prompts(6)]},
+    answer=AnswerSpec(type="regex", pattern=r"(t\d+)"),
+    max_new_tokens=3,
+)
+NEVER_SHARED = 99
+
+
+def unit(number: int, candidates: tuple[int | None, ...] = (None, 1), rows: tuple[int, ...] = (0, 1, 2)) -> WorkUnit:
+    return WorkUnit(number, "round-0001", "search", (), candidates, rows)
+
+
+def example(content: str) -> Example:
+    return Example(digest="0" * 64, messages=({"role": "user", "content": content},), reply="t9", target="t9")
+
+
+def poll_until(executor: Executor, count: int, kind: type, seconds: float = 120.0) -> list[Any]:
+    """All events up to the one with which `count` of a kind have come."""
+    events: list[WorkerEvent] = []
+    deadline = time.monotonic() + seconds
+    while sum(isinstance(event, kind) for event in events) < count:
+        assert time.monotonic() < deadline, f"only {events}"
+        events += executor.poll(1.0)
+    return events
+
+
+def without_seconds(result: UnitResult) -> UnitResult:
+    candidates = tuple(replace(candidate, seconds=0.0) for candidate in result.candidates)
+    return replace(result, candidates=candidates, seconds=0.0, worker="")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    path = save_tiny("llama", tmp_path_factory.mktemp("model"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(ModelSection(model=str(folder)), "float32")
+
+
+@pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def make(request: pytest.FixtureRequest) -> MakeExecutor:
+    if request.param == "local":
+        return lambda folder: LocalExecutor(ModelSection(model=str(folder)), "float32", ResourceSection(local=True))
+    from tale_ray.cluster.ray_executor import RayExecutor
+
+    address = request.getfixturevalue("ray_address")
+    return lambda folder: RayExecutor(
+        ModelSection(model=str(folder)), "float32", ResourceSection(address=address, workers=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def connected(make: MakeExecutor, folder: Path) -> Iterator[Executor]:
+    executor = make(folder)
+    executor.connect()
+    yield executor
+    executor.close()
+
+
+@pytest.fixture(scope="module")
+def info(connected: Executor) -> ModelInfo:
+    return connected.load()
+
+
+@pytest.fixture(scope="module")
+def executor(connected: Executor, info: ModelInfo) -> Executor:
+    """One that has loaded the model."""
+    return connected
+
+
+@pytest.fixture(scope="module")
+def worker(executor: Executor) -> str:
+    """The name of the worker that joined, which it does when the questions are there."""
+    assert executor.poll(0.0) == ()
+    executor.share(QUESTIONS)
+    joined = next(event for event in poll_until(executor, 1, WorkerJoined) if isinstance(event, WorkerJoined))
+    return joined.worker
+
+
+def test_a_model_that_cannot_be_loaded(make: MakeExecutor, tmp_path: Path) -> None:
+    executor = make(tmp_path)
+    try:
+        executor.connect()
+        with pytest.raises(ModelError, match=r"has no config\.json"):
+            executor.load()
+    finally:
+        executor.close()
+        executor.close()
+
+
+def test_closing_what_was_never_connected(make: MakeExecutor, folder: Path) -> None:
+    executor = make(folder)
+    executor.close()
+    executor.close()
+
+
+def test_what_is_said_of_the_model(info: ModelInfo, loaded: LoadedModel) -> None:
+    assert replace(info, load_seconds=0.0) == replace(loaded.info, load_seconds=0.0)
+    assert info.load_seconds > 0
+
+
+def test_prompts_are_encoded_under_the_models_own_template(executor: Executor, loaded: LoadedModel) -> None:
+    examples = [example("t3 t4"), example("t5")]
+    assert executor.encode(examples) == tuple(
+        PromptRow(tuple(encode(loaded.tokenizer, each.messages)), each.target) for each in examples
+    )
+
+
+def test_a_prompt_that_the_template_rejects(executor: Executor) -> None:
+    with pytest.raises(TaskError, match="not this"):
+        executor.encode([example("t3"), example("bad")])
+    assert len(executor.encode([example("t3")])) == 1
+
+
+def test_queued_units_answer_what_the_engine_answers(executor: Executor, worker: str, loaded: LoadedModel) -> None:
+    units = [unit(1), unit(2, candidates=(0, 2, 3), rows=(5, 3))]
+    for each in units:
+        executor.submit(worker, each)
+    events = poll_until(executor, 2, UnitDone)
+    assert [event.worker for event in events] == [worker, worker]
+    for each, event in zip(units, events, strict=True):
+        direct = score_unit(loaded, each, QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+        assert without_seconds(event.result) == without_seconds(direct)
+        assert event.result.worker == worker
+        assert event.result.seconds > 0
+    assert executor.poll(0.0) == ()
+
+
+def test_a_refused_unit(executor: Executor, worker: str) -> None:
+    refused = unit(3, candidates=(7,))
+    executor.submit(worker, refused)
+    executor.submit(worker, unit(4))
+    failed, done = poll_until(executor, 1, UnitDone)
+    assert isinstance(failed, UnitFailed)
+    assert (failed.worker, failed.unit) == (worker, refused)
+    assert isinstance(failed.refusal, ModelError)
+    assert "layer 7" in str(failed.refusal)
+    assert done.result.unit.number == 4
+
+
+def test_a_unit_that_fails_by_accident(executor: Executor, worker: str) -> None:
+    executor.submit(worker, unit(5, rows=(NEVER_SHARED,)))
+    executor.submit(worker, unit(6))
+    failed, done = poll_until(executor, 1, UnitDone)
+    assert isinstance(failed, UnitFailed)
+    assert failed.refusal is None
+    assert "IndexError" in failed.error
+    assert failed.error.strip().splitlines()[-1].startswith("IndexError")  # the line that is shown
+    assert done.result.unit.number == 6

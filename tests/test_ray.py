@@ -1,0 +1,460 @@
+"""What only Ray can do: workers that die, places that are not there, clusters that are closed to us."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import CLUSTER_CPUS, CLUSTER_GPUS
+from families import save_tiny, tiny_prompts
+from simulation import MODEL, Table, examples
+
+from tale_ray.api import Run, make_config, search
+from tale_ray.attempt.search import run_search
+from tale_ray.cluster.actor import WorkerActor
+from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.engine.score import score_unit
+from tale_ray.errors import InfeasibleError, PoisonUnit, WorkersLost
+from tale_ray.model.load import load_model
+from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.search.driver import RoundFinished
+from tale_ray.search.executor import Questions, UnitDone, WorkerJoined, WorkerLost
+from tale_ray.search.interruption import Interruption
+from tale_ray.search.pool import Pool, ScoringAdvanced
+from tale_ray.search.scheduler import Scheduler, Scoring, UnitShape
+from tale_ray.tasks.prompts import encode
+from tale_ray.tasks.spec import AnswerSpec
+
+pytestmark = pytest.mark.ray
+
+ANSWER = AnswerSpec(type="regex", pattern=r"(t\d+)")
+NUM_ROWS = 48
+ROWS = [PromptRow(prompt, "t9") for prompt in tiny_prompts(NUM_ROWS)]
+MARK = "TALE_RAY_TEST_SESSION"
+TABLE = Table(seed=1)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "in vain"
+        time.sleep(0.01)
+    return found
+
+
+def workers_of_this_session(title: str = "ray::") -> list[psutil.Process]:
+    """Processes of actors, by what they are doing."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def executor(ray_address: str) -> Iterator[Callable[..., Any]]:
+    """Makes executors on the session's cluster that are closed in the end."""
+    from tale_ray.cluster.ray_executor import RayExecutor
+
+    made: list[RayExecutor] = []
+
+    def make(model: str | Path = "simulated", address: str = ray_address, **resources: Any) -> RayExecutor:
+        section = ResourceSection(address=address, **resources)
+        made.append(RayExecutor(ModelSection(model=str(model)), "float32", section))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+# A worker that is killed.
+
+
+def long_unit(number: int, rows: int = NUM_ROWS) -> WorkUnit:
+    return WorkUnit(number, "round-0001", "search", (), (0, 1, 2, 3), tuple(range(rows)))
+
+
+def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced(executor: Callable[..., Any], folder: Path) -> None:
+    ray = executor(folder, workers=1)
+    ray.connect()
+    ray.load()
+    ray.share(Questions({"search": ROWS}, ANSWER, max_new_tokens=100))
+    (joined,) = wait_for(lambda: ray.poll(1.0))
+    assert joined == WorkerJoined("worker-0")
+    ray.submit("worker-0", long_unit(1))
+    ray.submit("worker-0", long_unit(2, rows=1))
+    (process,) = wait_for(lambda: workers_of_this_session("ray::WorkerActor.score"))
+    process.send_signal(signal.SIGKILL)
+    (lost,) = wait_for(lambda: ray.poll(1.0))
+    assert isinstance(lost, WorkerLost)
+    assert lost.worker == "worker-0"
+    assert wait_for(lambda: ray.poll(1.0)) == (joined,)  # the new one has the questions, which were shared before it
+    ray.submit("worker-0", long_unit(2, rows=1))
+    (done,) = wait_for(lambda: ray.poll(1.0))
+    direct = score_unit(
+        load_model(ModelSection(model=str(folder)), "float32"), long_unit(2, rows=1), ROWS, ANSWER, 100, None, "direct"
+    )
+    assert [each.answers for each in done.result.candidates] == [each.answers for each in direct.candidates]
+    ray.close()
+    wait_for(lambda: not workers_of_this_session("ray::WorkerActor"), 20)
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task that the tiny model answers correctly in two rows of three."""
+    loaded = load_model(ModelSection(model=str(folder)), "float32")
+    texts = [" ".join(f"t{token}" for token in row.token_ids) for row in ROWS]
+    prompts = [PromptRow(encode(loaded.tokenizer, [{"role": "user", "content": text}]), "t9") for text in texts]
+    unit = WorkUnit(0, "round-0000", "search", (), (None,), tuple(range(NUM_ROWS)))
+    (scored,) = score_unit(loaded, unit, prompts, ANSWER, 2, None, "direct").candidates
+    place = tmp_path_factory.mktemp("task")
+    with (place / "rows.jsonl").open("w") as file:
+        for number, (text, answer) in enumerate(zip(texts, scored.answers, strict=True)):
+            target = answer.prediction if number % 3 and answer.prediction else "t9"
+            file.write(json.dumps({"text": text, "target": target}) + "\n")
+    content = {
+        "name": "words",
+        "source": {"path": "json", "data_files": "rows.jsonl"},
+        "messages": [{"role": "user", "content": "{{ text }}"}],
+        "reply": "{{ target }}",
+        "target": "{{ target }}",
+        "answer": {"type": "regex", "pattern": ANSWER.pattern},
+        "max_new_tokens": 2,
+    }
+    (place / "task.yaml").write_text(yaml.safe_dump(content))
+    return place / "task.yaml"
+
+
+def options(folder: Path, task: Path) -> dict[str, Any]:
+    return {"model": str(folder), "task": str(task), "splits": "search=0.7,test=0.3", "epsilon": "1", "max_removed": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = search(**options(folder, task), local=True, run=str(tmp_path_factory.mktemp("runs") / "local"))
+    assert run.summary["baseline"]["correct"] > 5
+    assert len(run.summary["rounds"]) == 2
+    return decisions(run.summary)
+
+
+def decisions(summary: dict[str, Any]) -> dict[str, Any]:
+    names = ("baseline", "rounds", "rejected_round", "best", "bsba", "final", "test", "stop_reason", "state")
+    return {name: summary[name] for name in names}
+
+
+def test_a_search_that_loses_a_worker_decides_the_same(
+    ray_address: str, folder: Path, task: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    config = make_config(**options(folder, task), address=ray_address, workers=2, run=str(tmp_path / "run"))
+    stopped: psutil.Process | None = None
+    for event in run_search(config, Interruption()):
+        match event:
+            case RoundFinished() if stopped is None:
+                stopped = workers_of_this_session("ray::WorkerActor")[0]
+                stopped.suspend()  # it gets units of the next round, and cannot finish them
+            case ScoringAdvanced(scoring=scoring) if scoring.scope == "round-0001":
+                if stopped is not None and stopped.is_running():
+                    stopped.kill()
+    summary = Run(str(tmp_path / "run")).summary
+    assert decisions(summary) == undisturbed
+    assert summary["work"]["retries"] >= 1
+
+
+# Workers that always die, or die at a bad moment. They are made of paper: no model is loaded.
+
+
+def paper_worker(**deaths: int) -> type:
+    """A worker class that answers by a table; its process dies in the methods named, so many times."""
+    folder = deaths.pop("folder", None)
+
+    class Paper(WorkerActor):
+        def _maybe_die(self, method: str) -> None:
+            for number in range(deaths.get(method, 0)):
+                death = Path(str(folder)) / f"{method}-{number}"
+                try:
+                    death.touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def load(self, section: ModelSection, dtype: str) -> ModelInfo:
+            self._maybe_die("load")
+            return MODEL
+
+        def encode(self, rows: Sequence[Any]) -> tuple[PromptRow, ...]:
+            self._maybe_die("encode")
+            return tuple(PromptRow((1, 2), row.target) for row in rows)
+
+        def share(self, questions: Questions) -> None:
+            self._maybe_die("share")
+
+        def score(self, unit: WorkUnit) -> UnitResult:
+            if 0 in unit.rows:
+                self._maybe_die("score")
+            return TABLE.score(unit, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+    return Paper
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    def use(**deaths: Any) -> None:
+        monkeypatch.setattr("tale_ray.cluster.ray_executor.WorkerActor", paper_worker(folder=tmp_path, **deaths))
+
+    return use
+
+
+def scored(ray: Any) -> Scheduler:
+    """A scoring from the first call of an executor to the last unit."""
+    ray.connect()
+    assert ray.load() == MODEL
+    assert ray.encode(examples(3)) == (PromptRow((1, 2), "yes"),) * 3
+    ray.share(Questions({"search": ROWS}, ANSWER, 1))
+    scoring = Scoring("round-0001", "search", (), (0, 1, 2), 24)
+    scheduler = Scheduler(scoring, UnitShape(rows=4, candidates=3))
+    for _ in Pool(ray, Interruption()).run(scheduler):
+        pass
+    return scheduler
+
+
+@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
+def test_a_worker_that_dies_twice_at_one_moment(executor: Callable[..., Any], paper: Any, method: str) -> None:
+    paper(**{method: 2})
+    scheduler = scored(executor(workers=1))
+    answers = [TABLE.correct(row, (1,)) for row in range(24)]
+    assert [answer.correct for answer in scheduler.answers(1)] == answers
+    assert scheduler.retries == (2 if method == "score" else 0)
+
+
+@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
+def test_a_worker_that_always_dies(executor: Callable[..., Any], paper: Any, method: str) -> None:
+    paper(**{method: 99})
+    with pytest.raises(WorkersLost, match=r"died 3 times [^\n]*tale-ray resume"):
+        scored(executor(workers=1))
+
+
+def test_a_unit_that_kills_every_worker(executor: Callable[..., Any], paper: Any) -> None:
+    paper(score=99)
+    with pytest.raises((PoisonUnit, WorkersLost)):
+        scored(executor(workers=2))
+
+
+# Places.
+
+
+def visible_gpus(ray: Any, count: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of the workers, `count` of which join."""
+    ray.connect()
+    ray.load()
+    ray.share(Questions({"search": ROWS}, ANSWER, 1))
+    found: dict[str, str] = {}
+
+    def all_answered() -> bool:
+        for event in ray.poll(1.0):
+            if isinstance(event, WorkerJoined):
+                ray.submit(event.worker, WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
+            if isinstance(event, UnitDone):
+                found[event.worker] = event.result.worker
+        return len(found) == count
+
+    wait_for(all_answered)
+    assert ray.poll(1.0) == ()
+    return [found[worker] for worker in sorted(found)]
+
+
+def test_workers_see_gpus_of_their_own(executor: Callable[..., Any], paper: Any) -> None:
+    paper()
+    seen = visible_gpus(executor(workers=2, gpus_per_worker=2), 2)
+    assert sorted(gpu for gpus in seen for gpu in gpus.split(",")) == ["0", "1", "2", "3"]
+
+
+def test_workers_that_ask_for_no_gpu_see_none(executor: Callable[..., Any], paper: Any) -> None:
+    paper()
+    assert visible_gpus(executor(workers=1), 1) == [""]
+
+
+def test_fewer_places_than_workers(executor: Callable[..., Any], paper: Any) -> None:
+    paper()
+    assert len(visible_gpus(executor(workers=5, cpus_per_worker=CLUSTER_CPUS // 2), 2)) == 2
+
+
+def test_as_many_workers_as_fit(executor: Callable[..., Any], paper: Any) -> None:
+    paper()
+    assert len(visible_gpus(executor(gpus_per_worker=CLUSTER_GPUS // 2, cpus_per_worker=1), 2)) == 2
+
+
+def test_a_worker_that_no_node_can_hold(executor: Callable[..., Any]) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        InfeasibleError,
+        match=r"needs 1 CPU and 16 GPUs, .*one has 6 CPUs and 4 GPUs\. The largest misses 12 GPUs\. Ask for less",
+    ):
+        executor(gpus_per_worker=16).connect()
+    assert time.monotonic() - started < 15
+
+
+TAKE_ALL = f"""
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus={CLUSTER_CPUS})
+class Busy:
+    def ready(self): return True
+busy = Busy.remote()
+ray.get(busy.ready.remote())
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_cluster_that_is_busy(executor: Callable[..., Any], paper: Any, ray_address: str) -> None:
+    paper()
+    command = [sys.executable, "-c", TAKE_ALL, ray_address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        ray = executor(workers=1, wait_resources_seconds=3)
+        ray.connect()
+        started = time.monotonic()
+        with pytest.raises(
+            InfeasibleError, match=r"within 3 s: each needs 1 CPU.*has 6 CPUs and 4 GPUs, of these free: 4 GPUs"
+        ):
+            ray.load()
+        assert 3 <= time.monotonic() - started < 15
+        other.communicate()
+
+
+# Clusters that are closed to us.
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-host.invalid:6379", "nonsense"])
+def test_an_address_where_nothing_is(executor: Callable[..., Any], address: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(port=free.getsockname()[1])
+    started = time.monotonic()
+    with pytest.raises(InfeasibleError, match=rf"no Ray cluster can be reached at {address}: check the address"):
+        executor(address=address).connect()
+    assert time.monotonic() - started < 10
+
+
+JOIN = """
+import sys
+from tale_ray.cluster.connection import connected
+from tale_ray.errors import InfeasibleError
+try:
+    with connected(sys.argv[1]):
+        print("joined")
+except InfeasibleError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}]
+)
+def test_a_token_is_asked_for(ray_address: str, settings: dict[str, str], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", JOIN, ray_address]
+    joined = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert joined.stdout.strip() == "joined"
+    started = time.monotonic()
+    found = subprocess.run(
+        command, env={**environment, "HOME": str(tmp_path), **settings}, capture_output=True, text=True, timeout=60
+    )
+    assert f"the Ray cluster at {ray_address} asks for a token" in found.stdout
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in found.stdout
+    assert "Traceback" not in found.stdout + found.stderr
+    assert time.monotonic() - started < 20
+
+
+# Whole processes.
+
+
+COMMAND = """
+import sys
+from tale_ray.cli import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+
+
+def command_line(folder: Path, task: Path, run: Path, *more: str) -> list[str]:
+    words = [
+        word for name, value in options(folder, task).items() for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [sys.executable, "-c", COMMAND, "search", *words, "--run", str(run), *more]
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the processes that descend from the one that was started with the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(" ".join(process.cmdline())[:200])
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_private_cluster_ends_with_its_search(
+    folder: Path, task: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    found = subprocess.run(
+        command_line(folder, task, tmp_path / "run", "--workers", "1"),
+        env={**environment, MARK: mark, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == "[]"  # modules that the driver has no need of
+    assert decisions(Run(str(tmp_path / "run")).summary) == undisturbed
+    for line in found.stderr.splitlines():
+        assert "ray" not in line.lower().replace(str(tmp_path).lower(), ""), line
+    wait_for(lambda: not marked(mark), 20)
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_sigterm_ends_a_private_cluster(folder: Path, task: Path, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command_line(folder, task, run, "--workers", "1"),
+        env={**os.environ, MARK: mark},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        wait_for(lambda: any("ray::WorkerActor" in line for line in marked(mark)), 100)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM was received" in errors
+    assert "Traceback" not in errors
+    wait_for(lambda: not marked(mark), 20)
