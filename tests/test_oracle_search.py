@@ -5,6 +5,7 @@ row at a time without padding or cache, and reads replies by itself.
 """
 
 import os
+import re
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,9 @@ class Counter:
     @torch.inference_mode()
     def _count(self, removed: frozenset[int]) -> int:
         replies = oracle_replies(self.model, self.tokenizer, removed, self.prompts, 1)
-        return sum(reply.strip() == target for reply, target in zip(replies, self.targets, strict=True))
+        words = [re.search(r"\b(true|false)\b", reply.lower()) for reply in replies]
+        pairs = zip(words, self.targets, strict=True)
+        return sum(word is not None and word.group() == target.lower() for word, target in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,26 @@ def test_bundled_in_process(bundled: tuple[str, OracleSearch, Counter], tmp_path
     )
     assert found(run) == oracle
     assert oracle.rounds, "a search that removes nothing shows little"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bundled_on_ray(
+    bundled: tuple[str, OracleSearch, Counter], ray_address: str, tmp_path: Path, workers: int
+) -> None:
+    folder, oracle, _ = bundled
+    run = tale_ray.search(
+        model=folder,
+        task="boolean_synthetic",
+        rows=BUNDLED_ROWS,
+        splits="search=0.5",
+        exhaustive=True,
+        address=ray_address,
+        workers=workers,
+        run=str(tmp_path / "run"),
+    )
+    assert found(run) == oracle
 
 
 @pytest.mark.slow
