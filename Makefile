@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/NOTICE.md),)
 export TALE_RAY_DATA_ROOT ?= $(abspath ../shared/data)
 endif
 
-.PHONY: quickstart smollm2 test test-fast lint format bench docs clean
+.PHONY: quickstart smollm2 test test-fast test-oracle lint format bench docs clean
 
 # Search the bundled model on 200 rows through Ray with 2 workers.
 quickstart: $(STAMP)
@@ -30,6 +30,10 @@ test: $(STAMP)
 # Everything that needs neither Ray nor minutes.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not ray and not slow"
+
+# Whole searches against the oracle: the bundled model on 120 rows, SmolLM2 on 12. Takes a quarter of an hour.
+test-oracle: $(CACHE)/smollm2/config.json
+	TALE_RAY_ORACLE_ROWS=120 TALE_RAY_SMOLLM2=$(CACHE)/smollm2 $(BIN)/python -m pytest --timeout 1800 tests/test_oracle_search.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@
 """
 
 import io
+import re
 from pathlib import Path
 
 import click
@@ -20,7 +21,9 @@ def main(run: str, out: Path) -> None:
     """Draw RUN to the file OUT."""
     console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
     console.print(run_table(tale_ray.open_run(run).summary))
-    out.write_text(console.export_svg(title="tale-ray search --model bundled", unique_id="tale-ray"), encoding="utf-8")
+    picture = console.export_svg(title="tale-ray search --model bundled", unique_id="tale-ray")
+    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # shown without fetching a font
+    out.write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":
