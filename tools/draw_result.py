@@ -1,6 +1,6 @@
 """Draw the result of a run as an SVG picture of the terminal, for the README.
 
-    python tools/draw_result.py runs/boolean_synthetic-... docs/quickstart.svg
+python tools/draw_result.py runs/boolean_synthetic-... docs/quickstart.svg
 """
 
 import io
