@@ -1,10 +1,10 @@
-"""Train the bundled model: a Llama of 12 layers and 2 million parameters that evaluates boolean expressions.
+"""Train the bundled model: a Llama of 12 layers and 1.9 million parameters that evaluates boolean expressions.
 
     python tools/train_bundled.py                  train, save to tale_ray/model/bundled, then evaluate
     python tools/train_bundled.py --evaluate       evaluate what is there
 
 The model is made to be searched. Stochastic depth (Huang et al., 2016) trains it to survive the loss of layers, and
-training stops well before it is perfect, so that removals exist that help, that do nothing and that hurt.
+training stops well before it is perfect, so that some removals help, some change little and some hurt.
 
 It learns the very prompts of the built-in task `boolean_synthetic`: messages and reply come from its task file. None of
 the task's rows is trained on. Schedules depend on the step alone, never on the clock.
