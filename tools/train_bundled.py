@@ -12,8 +12,6 @@ the task's rows is trained on. Schedules depend on the step alone, never on the 
 Axes: B rows of a batch, S positions, H hidden size, V vocabulary, P partial values, N positions that have them.
 """
 
-# ruff: noqa: N803, N806, N815  tensor names end in their axes
-
 import contextlib
 import math
 import random
