@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tale_ray.attempt.search import ModelLoaded, RowsPrepared, RunOpened
+from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.records import Round
 from tale_ray.results.tables import count_text
 from tale_ray.search.driver import HeldOutScored, RoundFinished, ScoringStarted, SearchEnded
@@ -28,7 +28,7 @@ class Display:
         self._live = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} rows"),
+            TextColumn("{task.completed}/{task.total} candidate-rows"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[leader]}"),
@@ -65,6 +65,8 @@ class Display:
                 )
                 for note in notes:
                     self._say(f"note: {note}")
+            case LoadingStarted():
+                self._say("loading the model")
             case ModelLoaded(info):
                 self._say(
                     f"model: {info.family}, {count_text(info.num_layers, 'layer')}, {info.dtype} on {info.device}, "
@@ -107,13 +109,7 @@ class Display:
         self._scoring = scoring
         self._started_at = self._last_line_at = time.monotonic()
         self._started_with = done_cells
-        self._bar = self._live.add_task(
-            f"{scoring.scope}, {count_text(len(scoring.candidates), 'candidate')}",
-            total=total_cells,
-            completed=done_cells,
-            rate="",
-            leader="",
-        )
+        self._bar = self._live.add_task(scoring.scope, total=total_cells, completed=done_cells, rate="", leader="")
 
     def _advance(self, event: ScoringAdvanced) -> None:
         if event.scoring != self._scoring:  # an evaluation, which does not tell of its start
@@ -122,14 +118,14 @@ class Display:
         rate = (event.done_cells - self._started_with) / max(now - self._started_at, 1e-9)
         leader = ""
         if event.leader is not None and event.leader.layer is not None:
-            leader = f"best so far: layer {event.leader.layer} with {event.leader.correct}/{event.leader.seen}"
+            leader = f"best: layer {event.leader.layer}, {event.leader.correct}/{event.leader.seen}"
         if self._bar is not None:
-            self._live.update(self._bar, completed=event.done_cells, rate=f"{rate:.1f} rows/s", leader=leader)
+            self._live.update(self._bar, completed=event.done_cells, rate=f"{rate:.1f}/s", leader=leader)
         if not self._console.is_terminal and now - self._last_line_at >= PLAIN_INTERVAL_SECONDS:
             self._last_line_at = now
             left = (event.total_cells - event.done_cells) / rate if rate else float("inf")
             self._say(
-                f"{event.scoring.scope}: {event.done_cells}/{event.total_cells} candidate-rows, {rate:.1f} rows/s, "
+                f"{event.scoring.scope}: {event.done_cells}/{event.total_cells} candidate-rows, {rate:.1f}/s, "
                 f"{left:.0f} s left, {count_text(event.num_workers, 'worker')}{'; ' + leader if leader else ''}"
             )
 

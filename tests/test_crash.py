@@ -23,6 +23,8 @@ from folders import material_fixture as material_fixture
 
 import tale_ray.cluster.worker
 from tale_ray.cli import main
+from tale_ray.errors import Interrupted
+from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 
@@ -129,6 +131,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def assert_nothing_scored_twice(run: Path) -> None:
+    reader = RunReader(str(run))
+    for scope in reader.partial_scopes():
+        units = [result.unit for result in reader.unit_results(scope)]
+        cells = [(candidate, row) for unit in units for candidate in unit.candidates for row in unit.rows]
+        assert len(set(cells)) == len(cells), f"{scope}: no finished unit is computed again"
+
+
 KILLS = [(0, 0), (0, 1), (0, 9), (1, 3), (1, 12), (2, 5), (3, 2), (3, 11), (4, 7), (5, 18)]
 
 
@@ -151,6 +161,7 @@ def test_a_driver_killed_ten_times_decides_as_one_never_killed(
         found = stored(run / "rounds")
         assert {name: found[name] for name in rounds} == rounds, "no finished round is lost or written again"
         rounds = found
+        assert_nothing_scored_twice(run)
         if (run / "run.json").exists():
             summary = show(run)
             assert summary["state"] in ("interrupted", "finished")
@@ -162,7 +173,7 @@ def test_a_driver_killed_ten_times_decides_as_one_never_killed(
     for name in DECISIONS:
         assert killed[name] == undisturbed[name]
     for name in ("candidate_rows", "layer_applications"):
-        assert killed["work"][name] == undisturbed["work"][name], "no finished unit is computed again"
+        assert killed["work"][name] == undisturbed["work"][name]
     assert killed["attempts"] == len(KILLS), "all but the one that was killed while it loaded"
     assert list(run.rglob("_tmp-*")) == [], "left-overs are cleaned up"
 
@@ -245,7 +256,27 @@ def test_the_time_limit(material: Material, tmp_path: Path) -> None:
         outcome.err
     )
     assert show(run)["state"] == "interrupted"
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
+    assert material.search(tmp_path / "other", "--max-removed", "0", "--time-limit", "1h").code == 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "an alarm must not come after the search"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)] == handlers
+
+
+def test_a_time_limit_is_no_second_signal() -> None:
+    """It must not kill a driver that a signal is ending, nor a signal one that it is ending."""
+    interruption = Interruption()
+    with interruption.on_signals(3600):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert interruption.reason == "SIGTERM was received"
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends the process at once"
+    interruption = Interruption()
+    with interruption.on_signals(3600):
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert interruption.reason == "the time limit of 3600 s is reached"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            interruption.check()
 
 
 def test_a_second_driver_is_refused_and_the_first_is_undisturbed(

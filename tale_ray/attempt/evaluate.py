@@ -9,7 +9,7 @@ from tale_ray.attempt.execution import encode_questions, make_executor
 from tale_ray.attempt.identity import with_absolute_paths
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import prepare_rows
-from tale_ray.attempt.search import ModelLoaded, RowsPrepared
+from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.records import Score, SplitName
@@ -20,7 +20,7 @@ from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring
 from tale_ray.store.reader import RunReader
 
-EvaluationEvent: TypeAlias = RowsPrepared | ModelLoaded | PoolEvent | Score
+EvaluationEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | PoolEvent | Score
 
 
 def run_evaluation(
@@ -43,6 +43,7 @@ def run_evaluation(
             "choose another split, or give it a share with --splits"
         )
     chosen = [split] if split is not None else list(prepared.examples)
+    yield LoadingStarted()
     executor = make_executor(config, f"evaluate-{prepared.spec.name}")
     with contextlib.closing(executor):
         with interruption.breakable():

@@ -45,6 +45,11 @@ class RowsPrepared:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadingStarted:
+    """Workers are found a place, and load the model."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLoaded:
     """The first worker has loaded the model."""
 
@@ -60,7 +65,7 @@ class RunOpened:
     history: History | None  # what earlier attempts have finished
 
 
-AttemptEvent: TypeAlias = RowsPrepared | ModelLoaded | RunOpened | SearchEvent
+AttemptEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | RunOpened | SearchEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             with interruption.breakable():
                 writer = stack.enter_context(RunWriter.claim(run))
 
+        yield LoadingStarted()
         executor = make_executor(config, prepared.spec.name)
         stack.callback(executor.close)
         with interruption.breakable():
