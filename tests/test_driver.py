@@ -126,6 +126,7 @@ def test_other_ends_equal_the_oracle(tmp_path: Path, strategy: dict[str, object]
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), num_workers=st.integers(1, 7))
 def test_trouble_changes_no_decision(tmp_path_factory: pytest.TempPathFactory, seed: int, num_workers: int) -> None:
@@ -140,6 +141,7 @@ def test_trouble_changes_no_decision(tmp_path_factory: pytest.TempPathFactory, s
         assert rough["work"][count] == quiet["work"][count]  # type: ignore[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 9, 30])
 def test_a_kill_at_any_poll_loses_only_what_was_in_flight(tmp_path: Path, step: int) -> None:
     """Attempts are killed again and again, every `step` polls, until one gets through."""
@@ -181,6 +183,7 @@ def kill_after(executor: SimulatedExecutor, polls: int) -> None:
 WRITES = ["write_unit", "write_answers", "write_round", "drop_partials", "update_attempt", "write_result"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WRITES)
 @pytest.mark.parametrize("nth", [1, 3])
 @pytest.mark.parametrize("after", [False, True])

@@ -91,7 +91,7 @@ def test_cached_generation_equals_a_loop_without_cache(loaded):
                 assert written[0, len(prompt) :].tolist() == expected
 
 
-@pytest.mark.parametrize("new_tokens", [1, NEW_TOKENS])
+@pytest.mark.parametrize("new_tokens", [1, pytest.param(NEW_TOKENS, marks=pytest.mark.slow)])
 def test_scores_equal_the_oracle_whatever_the_batch(loaded, new_tokens):
     rows = [PromptRow(prompt, f"t{30 + number}") for number, prompt in enumerate(tiny_prompts(7))]
     last = loaded.layers.num_layers - 1

@@ -271,6 +271,7 @@ def test_a_hub_id_without_a_hub(monkeypatch):
         load_model(ModelSection(model="nobody/nothing"), "float32")
 
 
+@pytest.mark.slow
 def test_a_hub_id_from_the_cache_has_the_digest_of_its_files(checkpoint, tmp_path):
     cached = tmp_path / "hub" / "models--somebody--tiny"
     shutil.copytree(checkpoint, cached / "snapshots" / ("a" * 40))

@@ -167,11 +167,13 @@ def test_a_search_that_loses_a_worker_decides_the_same(
     ray_address: str, folder: Path, task: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     config = make_config(**options(folder, task), address=ray_address, workers=2, run=str(tmp_path / "run"))
+    others = {process.pid for process in workers_of_this_session()}  # of earlier tests, on their way out
     stopped: psutil.Process | None = None
     for event in run_search(config, Interruption()):
         match event:
             case RoundFinished() if stopped is None:
-                stopped = workers_of_this_session("ray::WorkerActor")[0]
+                ours = [each for each in workers_of_this_session("ray::WorkerActor") if each.pid not in others]
+                stopped = ours[0]
                 stopped.suspend()  # it gets units of the next round, and cannot finish them
             case ScoringAdvanced(scoring=scoring) if scoring.scope == "round-0001":
                 if stopped is not None and stopped.is_running():

@@ -4,6 +4,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -291,6 +292,7 @@ def test_every_truncated_file_is_named(tmp_path: Path) -> None:
     RunReader(str(tmp_path)).check()
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_noticed_or_harmless() -> None:
     round_, unit = link(make_round(2)), make_unit()
     for read, whole, expected in (
@@ -646,3 +648,32 @@ def test_files_on_another_file_system(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (reader.manifest(), reader.rounds(), reader.answers("round-0001")) == (MANIFEST, (first,), SHEET)
     assert reader.lease() is None
     assert list((tmp_path / "run").rglob("_*")) == []
+
+
+class Churning:
+    """A file system in which a listing fails so many times, as when the folder is made or emptied meanwhile."""
+
+    def __init__(self, system: Any, failures: int) -> None:
+        self._system = system
+        self.failures = failures
+
+    def get_file_info(self, selector: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise FileNotFoundError("Cannot list directory")
+        return self._system.get_file_info(selector)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_folder_that_changes_while_it_is_listed_is_listed_again(tmp_path: Path, failures: int) -> None:
+    (tmp_path / "file").touch()
+    files = Files(str(tmp_path))
+    files._system = Churning(files._system, failures)
+    assert [entry.name for entry in files.list()] == ["file"]
+
+
+def test_a_folder_that_never_stands_still_is_named(tmp_path: Path) -> None:
+    files = Files(str(tmp_path))
+    files._system = Churning(files._system, 99)
+    with pytest.raises(StoreError, match=str(tmp_path)):
+        files.list()

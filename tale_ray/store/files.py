@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.fs
@@ -33,6 +33,7 @@ PART = ".part"
 LOCK = "_lease.lock"
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # waits between the tries of one write
 LOCK_SECONDS = 10.0
+_LISTINGS = 3  # of a folder that changes while it is listed
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EPERM, errno.EMLINK}
 
 
@@ -95,9 +96,17 @@ class Files:
             StoreError: it cannot be listed, or is a file.
         """
         with self._readable(folder):
-            infos = self._system.get_file_info(pa.fs.FileSelector(self.path(folder), allow_not_found=True))
-            entries = (Entry(info.base_name, info.type == pa.fs.FileType.Directory) for info in infos)
+            entries = (Entry(info.base_name, info.type == pa.fs.FileType.Directory) for info in self._infos(folder))
             return tuple(sorted(entries, key=lambda entry: entry.name))
+
+    def _infos(self, folder: str) -> Any:
+        selector = pa.fs.FileSelector(self.path(folder), allow_not_found=True)
+        for _ in range(_LISTINGS - 1):
+            try:
+                return self._system.get_file_info(selector)
+            except FileNotFoundError:  # the folder was made, or something in it deleted, while it was listed
+                continue
+        return self._system.get_file_info(selector)
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file; None if it is missing.
