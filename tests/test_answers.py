@@ -227,6 +227,7 @@ def test_no_reply_breaks_a_parser(reply: str) -> None:
         is_correct(spec, prediction, "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     [

@@ -124,6 +124,7 @@ class Signal(BaseException):
     """What a signal handler raises."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new_tokens", [1, 3])
 def test_a_signal_at_any_line_of_ours_leaves_the_model_whole(rows, new_tokens):
     loaded = tiny_loaded("llama")

@@ -64,6 +64,7 @@ def test_without_equals_the_rebuilt_model(loaded):
         assert torch.equal(next_logits(model, prompt), whole)
 
 
+@pytest.mark.slow
 def test_a_cut_configuration_and_the_cut_state_make_the_same_model(loaded):
     """What an exported checkpoint is: a configuration that went through JSON, and the state of the pruned model."""
     model, prompt = loaded.model, tiny_prompts(1)[0]
@@ -76,6 +77,7 @@ def test_a_cut_configuration_and_the_cut_state_make_the_same_model(loaded):
         torch.testing.assert_close(next_logits(again, prompt), here, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_generation_equals_a_loop_without_cache(loaded):
     model, prompts = loaded.model, tiny_prompts(2)
     for removed in removals(loaded.layers)[2:5]:
