@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
+from tale_ray.errors import TaskError
+
 SplitName: TypeAlias = Literal["shots", "search", "select", "test", "finetune"]
 CandidateStatus: TypeAlias = Literal["exact", "bounded_out"]
 Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -54,7 +56,20 @@ class ModelInfo:
     dtype: str
     device: str
     load_seconds: float
+    max_positions: int | None = None  # None: not limited by the model
     notes: tuple[str, ...] = ()  # what a user should know, e.g. "the tokenizer has no chat template"
+
+    def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        """Refuse a prompt that leaves no room for its reply.
+
+        Raises:
+            TaskError: the model has fewer positions than the row needs.
+        """
+        if self.max_positions is not None and num_prompt_tokens + max_new_tokens - 1 > self.max_positions:
+            raise TaskError(
+                f"a row has {num_prompt_tokens} prompt tokens and gets up to {max_new_tokens} new ones, but the model "
+                f"has {self.max_positions} positions: use shorter prompts, or a model with a longer context"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +158,15 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What was computed: durable units only; lost or repeated work only in the last two."""
+    """What was computed, durable units only."""
 
     units: int = 0
     candidate_rows: int = 0  # without the baseline
     layer_applications: int = 0
-    retries: int = 0
-    wasted_rows: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.units + other.units,
             self.candidate_rows + other.candidate_rows,
             self.layer_applications + other.layer_applications,
-            self.retries + other.retries,
-            self.wasted_rows + other.wasted_rows,
         )

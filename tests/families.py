@@ -9,7 +9,7 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tale_ray.model.layers import find_layers
-from tale_ray.model.load import LoadedModel, neutral_generation
+from tale_ray.model.load import LoadedModel, max_positions, neutral_generation
 from tale_ray.records import ModelInfo
 
 VOCABULARY = 97
@@ -110,7 +110,9 @@ def tiny_loaded(family: str, seed: int = 0) -> LoadedModel:
     model, tokenizer = tiny_model(family, seed), tiny_tokenizer()
     model.generation_config = neutral_generation(model, tokenizer)
     layers = find_layers(model)
-    info = ModelInfo(layers.num_layers, model.config.model_type, "0" * 64, "float32", "cpu", 0.0)
+    info = ModelInfo(
+        layers.num_layers, model.config.model_type, "0" * 64, "float32", "cpu", 0.0, max_positions=max_positions(model)
+    )
     return LoadedModel(model, tokenizer, layers, info)
 
 

@@ -289,3 +289,36 @@ def test_the_end_is_told_with_its_history(tmp_path: Path) -> None:
         ended = [event for event in driver.run() if isinstance(event, SearchEnded)]
     assert [event.reason for event in ended] == [StopReason.MAX_REMOVED]
     assert len(ended[0].history.final.removed) == 1
+
+
+def test_scores_of_earlier_results_are_not_those_of_a_continued_run(tmp_path: Path) -> None:
+    """Killed after the last round of a continued run: its results are not scored yet, and nothing says they are."""
+    table = Table(2)
+    search(tmp_path / "run", SimulatedExecutor(table), max_removed=1)
+    executor = SimulatedExecutor(table)
+    with contextlib.suppress(Killed), attempt(tmp_path / "run", executor, max_removed=2) as driver:
+        for event in driver.run():
+            if isinstance(event, SearchEnded):
+                raise Killed
+    assert summarize(RunReader(str(tmp_path / "run")))["test"] is None
+    summary = search(tmp_path / "run", SimulatedExecutor(table), max_removed=2)
+    assert summary["test"]["final"]["removed"] == summary["final"]["removed"]  # type: ignore[index]
+
+
+def test_units_of_test_rows_are_dropped_when_their_answers_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RunWriter.drop_partials
+
+    def deadly(self: RunWriter, scope: str) -> None:
+        if scope == "test-0000":
+            raise Killed
+        original(self, scope)
+
+    monkeypatch.setattr(RunWriter, "drop_partials", deadly)
+    with contextlib.suppress(Killed):
+        search(tmp_path / "run", SimulatedExecutor(Table(2)), max_removed=1)
+    monkeypatch.undo()
+    assert "test-0000" in RunReader(str(tmp_path / "run")).partial_scopes()
+    search(tmp_path / "run", SimulatedExecutor(Table(2)), max_removed=1)
+    assert "test-0000" not in RunReader(str(tmp_path / "run")).partial_scopes()

@@ -54,7 +54,7 @@ def run_evaluation(
             yield ModelLoaded(info)
             config.strategy.check_layers(info.num_layers)
             questions = encode_questions(
-                executor, replace(prepared, examples={s: prepared.examples[s] for s in chosen})
+                executor, replace(prepared, examples={s: prepared.examples[s] for s in chosen}), info
             )
             executor.share(questions)
         pool = Pool(executor, interruption)

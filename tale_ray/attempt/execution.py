@@ -6,7 +6,7 @@ from tale_ray.attempt.rows import PreparedRows
 from tale_ray.cluster.authentication import protect_private_cluster
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.config import SearchConfig
-from tale_ray.records import PromptRow, SplitName
+from tale_ray.records import ModelInfo, PromptRow, SplitName
 from tale_ray.search.executor import Executor, Questions
 from tale_ray.tasks.prompts import digest_tokens
 
@@ -22,13 +22,15 @@ def make_executor(config: SearchConfig, name: str) -> Executor:
     return RayExecutor(config.model, config.dtype, config.resources, name)
 
 
-def encode_questions(executor: Executor, prepared: PreparedRows) -> Questions:
-    """Return the rows as the loaded model is asked them.
+def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo) -> Questions:
+    """Return the rows of all splits as the loaded model is asked them.
 
     Raises:
-        TaskError: the chat template rejects a prompt.
+        TaskError: the chat template rejects a prompt, or one is too long for the model.
     """
     rows = {split: executor.encode(examples) for split, examples in prepared.examples.items()}
+    for prompt_rows in rows.values():
+        info.check_length(max(len(row.token_ids) for row in prompt_rows), prepared.spec.max_new_tokens)
     return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
 
 

@@ -5,6 +5,7 @@ folder before a model is loaded, the model before a row is scored.
 """
 
 import contextlib
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -18,16 +19,17 @@ from tale_ray.attempt.identity import differences, identity_digest, run_identity
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.config import SearchConfig
-from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StoreError
+from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StorageAway, StoreError
 from tale_ray.model.digest import digest_model, model_folder
 from tale_ray.records import ModelInfo, SplitName, StopReason
-from tale_ray.results.summary import stop_reason, stored_history
+from tale_ray.results.summary import held_out_result, stop_reason, stored_history
 from tale_ray.search.driver import Driver, SearchEvent, why_zero
 from tale_ray.search.history import History
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pool import Pool
 from tale_ray.search.strategy import make_strategy
 from tale_ray.store.documents import Manifest
+from tale_ray.store.files import Clock
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 from tale_ray.tasks.splits import digest_rows
@@ -119,8 +121,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
                 if history.baseline.correct == 0:
                     raise BaselineZero(why_zero(history.baseline))
                 return
-            with interruption.breakable():
-                writer = stack.enter_context(RunWriter.claim(run))
+            writer = stack.enter_context(_claim(run, interruption))
 
         yield LoadingStarted()
         executor = make_executor(config, prepared.spec.name)
@@ -138,10 +139,9 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         if writer is None:
             run = _default_run(prepared, identity)
             _check_mode(RunReader(run), config, identity)
-            with interruption.breakable():
-                writer = stack.enter_context(RunWriter.claim(run))
+            writer = stack.enter_context(_claim(run, interruption))
         with interruption.breakable():
-            questions = encode_questions(executor, prepared)
+            questions = encode_questions(executor, prepared, info)
             executor.share(questions)
         manifest = _manifest(config, prepared, identity, info, token_digests(questions.rows))
         _adopt(writer, manifest)
@@ -159,6 +159,11 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         )
         with _ending(writer, driver):
             yield from driver.run()
+
+
+def _claim(run: str, interruption: Interruption) -> RunWriter:
+    """Claim a run folder; a request to stop breaks into waiting only, so that no lease is left without a holder."""
+    return RunWriter.claim(run, clock=Clock(sleep=interruption.sleep))
 
 
 def _default_run(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
@@ -198,7 +203,7 @@ def _nothing_left(reader: RunReader, config: SearchConfig, prepared: PreparedRow
     reader.check()
     history = stored_history(reader, reader.manifest())
     reason = stop_reason(history, config)
-    reported = reader.result("test") is not None or "test" not in prepared.examples
+    reported = held_out_result(reader, history) is not None or "test" not in prepared.examples
     ended = reason is StopReason.BASELINE_ZERO or (reason is not None and reported)
     return history if ended else None
 
@@ -245,12 +250,23 @@ def _adopt(writer: RunWriter, manifest: Manifest) -> None:
                 f"version of transformers (then: {stored.versions.get('transformers')}); install that one, or "
                 "choose another --run"
             )
-        changed = differences(stored.config, manifest.config)
+        changed = _changed_options(stored.config, manifest.config)
         manifest = replace(manifest, run=stored.run, created=stored.created)
     if not writer.reader.exists() or changed:
         writer.write_manifest(manifest)
     sections = {name: manifest.config[name] for name in ("resources", "storage")}
     writer.start_attempt(options={**sections, "changed": changed}, versions=_versions())
+
+
+def _changed_options(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Return in words the options that differ from those of earlier attempts, but for where the run is kept."""
+    return [
+        f"{section}.{name}: {stored[section].get(name)!r} became {value!r}"
+        for section, options in asked.items()
+        if section != "storage"
+        for name, value in json.loads(json.dumps(options)).items()
+        if stored[section].get(name) != value
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -273,8 +289,8 @@ def _ending(writer: RunWriter, driver: Driver) -> Iterator[None]:
 
     try:
         yield
-    except LeaseLost:
-        raise  # nothing may be written any more
+    except (LeaseLost, StorageAway):
+        raise  # nothing may, or can, be written any more
     except (Interrupted, KeyboardInterrupt, GeneratorExit) as error:
         record("interrupted", error)
         raise

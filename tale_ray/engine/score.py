@@ -64,7 +64,9 @@ def score_unit(
     started = time.monotonic()
     chosen = [rows[position] for position in unit.rows]
     prompts = [row.token_ids for row in chosen]
-    _check_lengths(loaded.model, prompts, max_new_tokens)
+    if any(not prompt for prompt in prompts):
+        raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
+    loaded.info.check_length(max(map(len, prompts), default=0), max_new_tokens)
     budget_bytes = batch_bytes if batch_bytes is not None else default_budget(loaded.model.device)
     plan = _plan(prompts, max_new_tokens, budget_bytes, row_cost(loaded.model))
     scored: list[CandidateAnswers] = []
@@ -200,15 +202,3 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
 def _read(answer: AnswerSpec, reply: str, target: str) -> RowAnswer:
     prediction = parse_answer(answer, reply)
     return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
-
-
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    if any(not prompt for prompt in prompts):
-        raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if isinstance(limit, int) and limit > 0 and longest + new_tokens - 1 > limit:
-        raise TaskError(
-            f"a row has {longest} prompt tokens and gets up to {new_tokens} new ones, but the model has {limit} "
-            "positions: use fewer shots, shorter prompts, or a model with a longer context"
-        )

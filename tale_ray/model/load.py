@@ -80,9 +80,16 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         dtype=str(model.dtype).removeprefix("torch."),
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
+        max_positions=max_positions(model),
         notes=_notes(model, tokenizer, loading),
     )
     return LoadedModel(model, tokenizer, layers, info)
+
+
+def max_positions(model: Any) -> int | None:
+    """Return how many tokens a row may have in all; None: the configuration names no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def neutral_generation(model: Any, tokenizer: Any) -> GenerationConfig:

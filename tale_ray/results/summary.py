@@ -29,6 +29,15 @@ def _history(rounds: Sequence[StoredRound], manifest: Manifest) -> History:
     )
 
 
+def held_out_result(reader: RunReader, history: History) -> dict[str, Any] | None:
+    """Return the scores on test rows, or None if the results of the search are not those that were scored."""
+    found = reader.result("test")
+    if found is None or not history.rounds:
+        return None
+    scored = {name: (entry["round"], tuple(entry["removed"])) for name, entry in found.items() if name in history.picks}
+    return found if scored == {name: (e.number, e.removed) for name, e in history.picks.items()} else None
+
+
 def stop_reason(history: History, config: SearchConfig) -> StopReason | None:
     """Return why no round follows, or None if one does."""
     if not history.rounds:
@@ -75,7 +84,7 @@ def summarize(reader: RunReader) -> dict[str, Any]:
         "rounds": [_round(entry) for entry in history.rounds[1:]],
         "rejected_round": _round(history.rejected) if history.rejected else None,
         **({name: _pick(getattr(history, name)) for name in ("best", "bsba", "final")} if history.rounds else {}),
-        "test": reader.result("test"),
+        "test": held_out_result(reader, history),
         "stop_reason": None if reason is None else str(reason),
         "attempts": len(attempts),
         "seconds": {

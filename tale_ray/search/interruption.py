@@ -6,6 +6,7 @@ everywhere else it waits for the next `check`, so that a file under way is writt
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +22,7 @@ class Interruption:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._breakable = False
+        self._deadline: float | None = None
         self._handler: Callable[[int, FrameType | None], None] | None = None
 
     def request(self, reason: str) -> None:
@@ -30,10 +32,17 @@ class Interruption:
             self.check()
 
     def check(self) -> None:
-        """Raise `Interrupted` if a stop was asked for."""
+        """Raise `Interrupted` if a stop was asked for, or the time is up (libraries may take the alarm for theirs)."""
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "the time limit is reached"
         if self.reason is not None:
             self._breakable = False
             raise Interrupted(self.reason)
+
+    def sleep(self, seconds: float) -> None:
+        """Let some time pass, or less if a stop is asked for."""
+        with self.breakable():
+            time.sleep(seconds)
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
@@ -62,8 +71,10 @@ class Interruption:
     def on_signals(self, time_limit_seconds: float | None = None) -> Iterator[None]:
         """Turn SIGINT, SIGTERM and the time limit into requests; after a signal, a second one ends the process at once.
 
-        Outside the main thread, where Python allows no handlers, it does nothing.
+        Outside the main thread Python allows no handlers: only the time limit holds there, between units.
         """
+        if time_limit_seconds is not None:
+            self._deadline = time.monotonic() + time_limit_seconds
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -58,8 +58,12 @@ class RunWriter:
             return 1 + max(layout.last_attempt(files), replaced.attempt if replaced else 0)
 
         lease = HeldLease(files, clock, claim_lease(files, clock, next_attempt, wait=wait))
-        lease.start()
-        return cls(RunReader(uri, files=files), files, clock, lease)
+        try:
+            lease.start()
+            return cls(RunReader(uri, files=files), files, clock, lease)
+        except BaseException:
+            lease.release()
+            raise
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -149,7 +153,7 @@ class RunWriter:
         stored = {match["name"] for match in layout.our_names(self._files, "answers")}
         committed = {layout.round_scope(item.round.number) for item in self.reader.rounds() if item.round.committed}
         for scope in self.reader.partial_scopes():
-            if scope in committed & stored:
+            if scope in stored and (scope in committed or not scope.startswith("round-")):
                 self.drop_partials(scope)
 
     def _write(self, path: str, data: bytes) -> None:
