@@ -72,6 +72,8 @@ _TEXTS: Mapping[str, Callable[[str], Any]] = {  # how the text of an option is r
 def make_config(**options: Any) -> SearchConfig:
     """Return a configuration from the long option names of `tale-ray search`, with underscores.
 
+    Where neither `local` nor an address is given, it has the address in RAY_ADDRESS, as in a Ray job.
+
     Raises:
         ConfigError: an option is missing or unknown, or a value breaks a rule.
     """
@@ -89,7 +91,7 @@ def make_config(**options: Any) -> SearchConfig:
         )
     if values:
         raise ConfigError(f"option {sorted(values)[0]!r} is not known: the options are those of `tale-ray search`")
-    return SearchConfig(**sections)
+    return _at_ray_address(SearchConfig(**sections))
 
 
 def _values(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +149,8 @@ def run_to_end(config: SearchConfig) -> Run:
 def resumed_config(run: str, **options: Any) -> SearchConfig:
     """Return the configuration of a stored run with some options changed, set to go on with it.
 
+    It is where it was, unless `local` or an address is given; only a run that had no address looks at RAY_ADDRESS.
+
     Raises:
         StoreError: there is no run.
         ConfigError: an option is unknown, or a value breaks a rule.
@@ -154,10 +158,12 @@ def resumed_config(run: str, **options: Any) -> SearchConfig:
     stored = SearchConfig.from_json(RunReader(run).manifest().config)
     values = _values(options) | {"run": run, "resume": "must"}
     resources = stored.resources  # a place that is asked for now replaces the one that was
-    if values.get("address") or values.get("local") or (values.get("workers") or 1) > 1:
+    if values.get("address") or values.get("local"):
         resources = replace(resources, address=None, local=False)
     if values.get("local"):
         resources = replace(resources, workers=None)
+    elif values.get("workers") not in (None, 1):
+        resources = replace(resources, local=False)
     sections: dict[str, Any] = {
         "model": stored.model,
         "task": stored.task,
@@ -171,7 +177,15 @@ def resumed_config(run: str, **options: Any) -> SearchConfig:
     }
     if values:
         raise ConfigError(f"option {sorted(values)[0]!r} is not known: the options are those of `tale-ray search`")
-    return SearchConfig(**changed)
+    return _at_ray_address(SearchConfig(**changed))
+
+
+def _at_ray_address(config: SearchConfig) -> SearchConfig:
+    """Return the configuration with the address that Ray's own tools would use, unless it has a place."""
+    address = os.environ.get("RAY_ADDRESS")
+    if config.resources.local or config.resources.address or not address:
+        return config
+    return replace(config, resources=replace(config.resources, address=address))
 
 
 def open_run(run: str | os.PathLike[str]) -> Run:

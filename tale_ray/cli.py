@@ -3,11 +3,9 @@
 import difflib
 import functools
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -163,7 +161,7 @@ def search(dry_run: bool, **options: Any) -> None:
 
     Goes on with an unfinished search, and prints the result of a finished one again.
     """
-    config = _at_ray_address(make_config(**_given(options)), options)
+    config = make_config(**_given(options))
     if dry_run:
         _print_plan(plan_search(config))
     else:
@@ -175,12 +173,18 @@ def search(dry_run: bool, **options: Any) -> None:
 @click.option("--model", metavar="PATH", help="Where the same model lies now.")
 @click.option("--task", metavar="PATH", help="Where the same task file lies now.")
 @data_root_option
+@click.option("--epsilon", help="A larger one than the run has.")
+@click.option("--max-removed", type=int, metavar="N", help="A larger one than the run has.")
 @resource_options
 @time_limit_option
 @click.pass_context
 def resume(context: click.Context, /, run: str, **options: Any) -> None:
-    """Go on with a run from its folder, wherever it is now."""
-    _search(_at_ray_address(resumed_config(run, **_changed(context, options)), options))
+    """Go on with a run from its folder, wherever it is now.
+
+    On the cluster that it was on, unless --address or --local names another place. A finished run goes on too where
+    --epsilon or --max-removed is larger than it was.
+    """
+    _search(resumed_config(run, **_changed(context, options)))
 
 
 @cli.command()
@@ -215,7 +219,7 @@ def evaluate(
 ) -> None:
     """Score a model without some of its layers."""
     given = _given(options) if run is None else _changed(context, options)
-    config = _at_ray_address(evaluated_config(run, pick, **given), options)
+    config = evaluated_config(run, pick, **given)
     interruption = Interruption()
     console = Console(stderr=True)
     score = None
@@ -266,14 +270,6 @@ def _changed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
         for name, value in _given(options).items()
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
-
-
-def _at_ray_address(config: SearchConfig, options: dict[str, Any]) -> SearchConfig:
-    """Return the configuration with the address that Ray's own tools would use, unless another place is asked for."""
-    address = os.environ.get("RAY_ADDRESS")
-    if config.resources.local or options["address"] or not address:
-        return config
-    return replace(config, resources=replace(config.resources, address=address))
 
 
 def _search(config: SearchConfig) -> None:

@@ -1,5 +1,6 @@
 """The Python API: the same requests and results as the command line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def test_wrong_options_are_named(options: dict[str, Any], words: str) -> None:
     assert words in str(refused.value)
 
 
-def test_a_resumed_run_is_in_the_place_that_is_asked_for(run: Any) -> None:
+def test_a_resumed_run_is_in_the_place_that_is_asked_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
     def place(**options: Any) -> tuple[bool, str | None, int | None]:
         resources = resumed_config(run.uri, **options).resources
         return resources.local, resources.address, resources.workers
@@ -136,8 +139,40 @@ def test_a_resumed_run_is_in_the_place_that_is_asked_for(run: Any) -> None:
     assert place(workers=3) == (False, None, 3)
     assert place(workers=1) == (True, None, 1)
     assert place(time_limit="1h") == (True, None, None)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://variable")
+    assert place() == (True, None, None)
+    assert place(workers=3) == (False, "ray://variable", 3)
+    assert place(address="ray://a") == (False, "ray://a", None)
     assert resumed_config(run.uri, time_limit="1h").storage.time_limit_seconds == 3600
     assert resumed_config(run.uri).storage.time_limit_seconds is None
+
+
+def test_a_resumed_run_stays_on_its_cluster(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = json.loads((Path(run.uri) / "run.json").read_text())
+    stored["config"]["resources"] |= {"local": False, "address": "ray://stored"}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+
+    def place(**options: Any) -> tuple[bool, str | None, int | None]:
+        resources = resumed_config(str(tmp_path), **options).resources
+        return resources.local, resources.address, resources.workers
+
+    for variable in ("", "ray://variable"):
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+        assert place() == (False, "ray://stored", None)
+        assert place(workers=3) == (False, "ray://stored", 3)
+        assert place(address="ray://given", workers=3) == (False, "ray://given", 3)
+        assert place(local=True) == (True, None, None)
+
+
+def test_a_search_in_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("tale_ray.api.run_search", lambda config, _: seen.append(config.resources.address) or [])
+    monkeypatch.setenv("RAY_ADDRESS", "ray://variable")
+    for place in ({}, {"local": True}, {"address": "ray://given"}):
+        tale_ray.search(model="bundled", task="boolean_synthetic", **place)
+    monkeypatch.delenv("RAY_ADDRESS")
+    tale_ray.search(model="bundled", task="boolean_synthetic")
+    assert seen == ["ray://variable", None, "ray://given", None]
 
 
 def test_the_command_line_can_go_on_with_it(run: Any) -> None:

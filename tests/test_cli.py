@@ -142,6 +142,21 @@ def test_a_larger_epsilon_continues_and_keeps_the_rejected_round(
     assert after["work"]["candidate_rows"] == fresh["work"]["candidate_rows"], "nothing was scored twice"
 
 
+def test_resume_takes_larger_limits(material: Material, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert material.search(run, "--max-removed", "1").code == 0
+    assert len(show(run)["rounds"]) == 1
+    outcome = command("resume", run, "--max-removed", "2")
+    assert outcome.code == 0, outcome.err
+    assert (len(show(run)["rounds"]), show(run)["stop_reason"]) == (2, "max_removed")
+    assert command("resume", run, "--epsilon", "0.4", "--max-removed", "3").code == 0
+    assert (len(show(run)["rounds"]), show(run)["epsilon"]) == (3, 0.4)
+    for smaller in (("--max-removed", "1"), ("--epsilon", "0.05")):
+        refused = command("resume", run, *smaller)
+        assert refused.code == 2
+        assert "another configuration" in refused.err
+
+
 def test_a_smaller_epsilon_is_another_configuration(material: Material, copy: Path, no_model: None) -> None:
     before = files(copy)
     outcome = material.search(copy, "--epsilon", "0.05", "--seed", "3", "--keep-layers", "2")
