@@ -104,6 +104,8 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
             value = str(value)
         elif isinstance(value, str) and name in _TEXTS:
             value = _TEXTS[name](value)
+        elif name == "splits" and isinstance(value, Mapping):
+            value = {split: str(share) for split, share in value.items()}
         elif name in ("remove", "keep_layers"):
             value = tuple(value)
         values[_RENAMED.get(name, name)] = value

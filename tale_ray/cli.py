@@ -64,7 +64,8 @@ def _option_file(context: click.Context, _parameter: click.Parameter, path: str 
             f"write one of {', '.join(sorted(known))}"
         )
     lists = {key: ",".join(map(str, value)) for key, value in values.items() if isinstance(value, list)}
-    context.default_map = {**values, **lists}
+    mappings = {key: splits_text(value) for key, value in values.items() if isinstance(value, dict)}
+    context.default_map = {**values, **lists, **mappings}
 
 
 model_options = _options(

@@ -32,13 +32,27 @@ def parse_epsilon(text: str) -> Fraction:
 
 
 def _share(text: str, name: str) -> Fraction:
+    return Fraction(_decimal_share(text, name))
+
+
+def _decimal_share(text: str, name: str) -> Decimal:
     try:
         value = Decimal(text.strip())
     except InvalidOperation:
         raise ConfigError(f"{name} {text!r} is not a number: write a decimal from 0 to 1, such as 0.08") from None
     if not value.is_finite() or not 0 <= value <= 1:
         raise ConfigError(f"{name} {text!r} is out of range: it is a share of the rows, from 0 to 1, such as 0.08")
-    return Fraction(value)
+    return value
+
+
+def epsilon_text(text: str) -> str:
+    """Return the one decimal text of all that mean the same epsilon: 0.08 for 0.080 and 8e-2.
+
+    Raises:
+        ConfigError: not a decimal number in [0, 1].
+    """
+    plain = format(_decimal_share(text, "epsilon").copy_abs(), "f")  # not `normalize`: it rounds to 28 digits
+    return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
 def parse_layers(text: str, name: str) -> tuple[int, ...]:
@@ -154,6 +168,11 @@ class TaskSection:
     def __post_init__(self) -> None:
         _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
         _number(self.seed, "whole number", "seed")
+        known = get_args(SplitName)
+        if not isinstance(self.splits, Mapping):
+            raise ConfigError(f"splits {self.splits!r} are no shares by name: write them like search=0.5,test=0.3")
+        if unknown := [name for name in self.splits if name not in known]:
+            raise ConfigError(f"splits: {unknown[0]!r} is not known: the splits are {', '.join(known)}")
         shares = self.shares
         if sum(shares.values()) > 1:
             total = float(sum(shares.values()))
@@ -280,7 +299,7 @@ class SearchConfig:
             "dtype": self.dtype,
             "seed": self.task.seed,
             "strategy": self.strategy.strategy,
-            "epsilon": str(parse_epsilon(self.strategy.epsilon)),
+            "epsilon": epsilon_text(self.strategy.epsilon),
             "epsilon_mode": self.strategy.epsilon_mode,
             "max_removed": self.strategy.max_removed,
             "remove": list(self.strategy.remove),

@@ -1,6 +1,7 @@
 """The Python API: the same requests and results as the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,19 @@ def test_errors_are_those_of_the_commands(material: Material, options: dict[str,
         tale_ray.serch  # noqa: B018
 
 
+def test_an_epsilon_stored_as_a_fraction_is_the_same(run: Any, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run.uri, tmp_path / "run"))
+    stored = json.loads((moved / "run.json").read_text())
+    assert stored["identity"]["epsilon"] == "0.1"
+    stored["identity"]["epsilon"] = "1/10"
+    (moved / "run.json").write_text(json.dumps(stored))
+    assert tale_ray.resume(moved).summary["rounds"] == run.summary["rounds"]
+    with pytest.raises(StoreError, match="only a larger"):
+        tale_ray.resume(moved, epsilon="0.0999")
+
+
 def test_resume_refuses_what_would_change_a_decision(run: Any) -> None:
-    with pytest.raises(StoreError, match=r"epsilon: the run has \"1/10\", asked for is \"1/50\""):
+    with pytest.raises(StoreError, match=r"epsilon: the run has \"0.1\", asked for is \"0.02\" \(only a larger"):
         tale_ray.resume(run.uri, epsilon="0.02")
     with pytest.raises(ConfigError, match="option 'epsilom' is not known"):
         tale_ray.resume(run.uri, epsilom="0.2")
@@ -110,6 +122,12 @@ def test_texts_are_read_as_on_the_command_line() -> None:
     assert texts == values
 
 
+def test_shares_are_numbers_too() -> None:
+    assert make_config(model="m", task="t", splits={"search": 0.5, "test": 0.3}) == make_config(
+        model="m", task="t", splits="search=0.5,test=0.3"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -117,6 +135,8 @@ def test_texts_are_read_as_on_the_command_line() -> None:
         ({"model": "m"}, "task is missing: name it with --task, in the --config file, or as task=... in Python"),
         ({"model": "m", "task": "t", "rowz": 3}, "option 'rowz' is not known"),
         ({"model": "m", "task": "t", "rows": "3"}, "rows '3' is not a whole number"),
+        ({"model": "m", "task": "t", "splits": {"train": 0.5}}, "'train' is not known: the splits are shots, search"),
+        ({"model": "m", "task": "t", "splits": {"search": True}}, "share of the search split 'True' is not a number"),
         ({"model": "m", "task": "t", "remove": "a"}, "remove 'a' is not a list of layers"),
         ({"model": "m", "task": "t", "epsilon": None}, "epsilon 'None' is not a number"),
     ],

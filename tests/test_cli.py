@@ -163,7 +163,7 @@ def test_a_smaller_epsilon_is_another_configuration(material: Material, copy: Pa
     assert outcome.code == 2
     first, *lines = outcome.err.strip().splitlines()
     assert f"{copy} holds a run with another configuration; nothing was changed" in first
-    assert '  epsilon: the run has "1/10", asked for is "1/20"' in lines
+    assert '  epsilon: the run has "0.1", asked for is "0.05" (only a larger one goes on)' in lines
     assert "  keep_layers: the run has [], asked for is [2]" in lines
     assert "  seed: the run has 0, asked for is 3" in lines
     assert any(line.startswith("  rows.search: the run has") for line in lines)
@@ -390,6 +390,14 @@ def test_the_config_file_and_who_wins(material: Material, tmp_path: Path) -> Non
     assert config["strategy"]["epsilon"] == "0.1"
     assert show(tmp_path / "run")["rows"]["search"] == 7
     assert not (tmp_path / "of-the-file").exists()
+
+
+def test_splits_of_a_config_file(material: Material, tmp_path: Path, no_model: None) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("splits:\n  search: 0.4\n  test: 0.25\n")
+    outcome = material.search(tmp_path / "run", "--config", path, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("task tiny: 40 search rows, 25 test rows\n")
 
 
 def test_tasks() -> None:

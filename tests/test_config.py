@@ -15,6 +15,7 @@ from tale_ray.config import (
     StorageSection,
     StrategySection,
     TaskSection,
+    epsilon_text,
     parse_bytes,
     parse_duration,
     parse_epsilon,
@@ -115,6 +116,12 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TaskSection, {**TASK, "splits": {"search": "-0.5"}}, "share of the search split '-0.5' is out of range"),
     (TaskSection, {**TASK, "splits": {"search": "0", "test": "1"}}, "leave no search rows"),
     (TaskSection, {**TASK, "splits": {"test": "1"}}, "leave no search rows"),
+    (
+        TaskSection,
+        {**TASK, "splits": {"search": "0.5", "train": "0.2"}},
+        "splits: 'train' is not known: the splits are shots, search, select, test, finetune",
+    ),
+    (TaskSection, {**TASK, "splits": 0.5}, "splits 0.5 are no shares by name: write them like search=0.5,test=0.3"),
     (StrategySection, {"strategy": "random"}, "strategy 'random' is not known"),
     (StrategySection, {"epsilon_mode": "last"}, "epsilon mode 'last' is not known: choose one of baseline, current"),
     (StrategySection, {"max_removed": -1}, "max removed -1 is too small: it is at least 0"),
@@ -235,6 +242,20 @@ def test_only_decisions_are_in_the_identity(one: SearchConfig, other: SearchConf
     )
     same_dtype = one.dtype == elsewhere.dtype
     assert (elsewhere.decision_options() == one.decision_options()) is same_dtype
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        *[(text, "0.08") for text in ("0.08", "0.080", "8e-2", " .08")],
+        *[(text, "0") for text in ("0", "-0", "0.00", "0e3")],
+        *[(text, "1") for text in ("1", "1.0", "1e0", "10e-1")],
+        ("0." + "1" * 40, "0." + "1" * 40),
+    ],
+)
+def test_an_epsilon_has_one_text(text: str, plain: str) -> None:
+    assert epsilon_text(text) == plain
+    assert parse_epsilon(plain) == parse_epsilon(text)
 
 
 def test_equal_numbers_are_one_epsilon() -> None:

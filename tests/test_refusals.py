@@ -175,6 +175,8 @@ CONFIG_FILES = {
     "": ("is not a mapping",),
     "epsilon: 2": ("epsilon '2' is out of range",),
     "rows: many": ("'many' is not a valid int",),
+    "splits: {search: 0.5, train: 0.5}": ("'train=0.5' is not NAME=SHARE", "shots, search, select"),
+    "remove: {3: 7}": ("remove '3=7' is not a list of layers",),
     "remove: [1, 1]": ("remove 1,1: a layer is named twice",),
     "\xff\xfe": ("cannot be read",),
 }

@@ -36,6 +36,7 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     """
     return [
         f"{name}: the run has {_short(stored.get(name))}, asked for is {_short(asked.get(name))}"
+        + " (only a larger one goes on)" * (name in ("epsilon", "max_removed"))
         for name in sorted({*stored, *asked})
         if stored.get(name) != asked.get(name) and not _continues(name, stored.get(name), asked.get(name))
     ]
@@ -43,7 +44,7 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
 
 def _continues(name: str, stored: Any, asked: Any) -> bool:
     if name == "epsilon":
-        return Fraction(asked) > Fraction(stored)
+        return Fraction(asked) >= Fraction(stored)  # exact, for 0.08 as for 2/25
     if name == "max_removed":
         return stored is not None and (asked is None or asked > stored)
     return False
