@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
-from tale_ray.attempt.evaluate import picked_removal, run_evaluation
+from tale_ray.attempt.evaluate import StoredIdentity, picked_removal, run_evaluation, stored_identity
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.config import (
     SearchConfig,
@@ -211,17 +211,19 @@ def evaluate(split: SplitName | Literal["all"] = "test", **options: Any) -> Scor
         Interrupted: stopped; nothing is stored.
     """
     interruption = Interruption()
-    config = evaluated_config(**options)
+    config, expected = evaluated_config(**options)
     with interruption.on_signals():
-        *_, score = run_evaluation(config, None if split == "all" else split, interruption)
+        *_, score = run_evaluation(config, expected, None if split == "all" else split, interruption)
     assert isinstance(score, Score)
     return score
 
 
 def evaluated_config(
     run: str | os.PathLike[str] | None = None, pick: str | None = None, **options: Any
-) -> SearchConfig:
+) -> tuple[SearchConfig, StoredIdentity]:
     """Return the configuration of what is scored: a result of a run, or a model without some of its layers.
+
+    With it comes what model and rows have to be: those of the run, but for what the options ask to be different.
 
     Raises:
         UsageError: there is no such run or result, or a value breaks a rule.
@@ -229,11 +231,13 @@ def evaluated_config(
     if run is None:
         if pick is not None:
             raise ConfigError(f"pick {pick!r} is a result of a run: name the run too, or the layers in remove instead")
-        return make_config(**options)
+        return make_config(**options), StoredIdentity()
     if pick is not None and "remove" in options:
         raise ConfigError(f"pick {pick!r} and remove both say which layers are removed: leave one out")
+    reader = RunReader(os.fspath(run))
     remove = _values(options).get("remove")
     if remove is None:
-        remove = picked_removal(RunReader(os.fspath(run)), str(pick or "best"))
+        remove = picked_removal(reader, str(pick or "best"))
     options.pop("remove", None)
-    return replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))
+    config = replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))
+    return config, stored_identity(reader.uri, reader.manifest(), options)

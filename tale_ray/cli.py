@@ -218,14 +218,18 @@ def show(run: str, as_json: bool) -> None:
 def evaluate(
     context: click.Context, /, run: str | None, pick: str | None, split: str, as_json: bool, **options: Any
 ) -> None:
-    """Score a model without some of its layers."""
+    """Score a model without some of its layers.
+
+    With --run, model and rows have to be those of the run, but for what other options ask to be different.
+    """
     given = _given(options) if run is None else _changed(context, options)
-    config = evaluated_config(run, pick, **given)
+    config, expected = evaluated_config(run, pick, **given)
     interruption = Interruption()
     console = Console(stderr=True)
     score = None
     with interruption.on_signals(), Display(console) as display:
-        for event in run_evaluation(config, None if split == "all" else split, interruption):  # type: ignore[arg-type]
+        chosen: Any = None if split == "all" else split
+        for event in run_evaluation(config, expected, chosen, interruption):
             if isinstance(event, Score):
                 score = event
             else:

@@ -63,6 +63,50 @@ def test_evaluate(run: Any, options: dict[str, Any]) -> None:
     assert tale_ray.evaluate("all", **options).total == 100
 
 
+@pytest.fixture(name="movable")
+def movable_fixture(material: Material, tmp_path: Path) -> Any:
+    """A run whose model and task may be changed under its feet."""
+    shutil.copytree(material.model, tmp_path / "model")
+    for name in ("tiny.yaml", "rows.jsonl"):
+        shutil.copy(material.folder / name, tmp_path / name)
+    return tale_ray.search(
+        model=tmp_path / "model", task=tmp_path / "tiny.yaml", local=True, max_removed=0, run=tmp_path / "run"
+    )
+
+
+def test_another_model_is_not_scored_as_the_one_of_the_run(movable: Any, material: Material, tmp_path: Path) -> None:
+    expected = movable.summary["test"]["best"]["correct"]
+    assert tale_ray.evaluate(run=movable.uri).correct == expected
+    with pytest.raises(StoreError, match=r"would be scored in bfloat16, and .* was searched in float32"):
+        manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+        manifest["config"]["model"]["dtype"] = "bfloat16"
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "run.json").write_text(json.dumps(manifest))
+        tale_ray.evaluate(run=tmp_path / "other", remove=())
+    assert tale_ray.evaluate(run=movable.uri, dtype="bfloat16").total == 30
+    shutil.copy(material.other_model / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with pytest.raises(StoreError, match=r"is not the one that .*run was searched with .* name it with --model"):
+        tale_ray.evaluate(run=movable.uri)
+    refused = command("evaluate", "--run", movable.uri, "--json")
+    assert (refused.code, refused.out) == (2, "")
+    assert tale_ray.evaluate(run=movable.uri, model=tmp_path / "model").total == 30
+    assert tale_ray.evaluate(run=movable.uri, model=material.model).correct == expected
+
+
+def test_other_rows_are_not_scored_as_those_of_the_run(movable: Any, material: Material, tmp_path: Path) -> None:
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(StoreError, match=r"rows of task tiny are not those that .*run was searched on"):
+        tale_ray.evaluate(run=movable.uri)
+    assert tale_ray.evaluate(run=movable.uri, seed=1).total > 0, "other rows may be asked for"
+    assert tale_ray.evaluate(run=movable.uri, task=material.task).correct == movable.summary["test"]["best"]["correct"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    text = (tmp_path / "tiny.yaml").read_text()
+    (tmp_path / "tiny.yaml").write_text(text.replace("max_new_tokens: 1", "max_new_tokens: 2"))
+    with pytest.raises(StoreError, match="`max_new_tokens` has changed; restore the task file"):
+        tale_ray.evaluate(run=movable.uri)
+
+
 def test_errors_are_those_of_the_commands(material: Material, options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(BaselineZero, match="0 of 50"):
         tale_ray.search(**{**options, "task": material.zero_task}, run=tmp_path / "zero")

@@ -1,40 +1,105 @@
 """Scoring one configuration of a model, once, with nothing stored."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from tale_ray.attempt.execution import encode_questions, make_executor
 from tale_ray.attempt.identity import with_absolute_paths
 from tale_ray.attempt.request import check_request
-from tale_ray.attempt.rows import prepare_rows
+from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared
 from tale_ray.config import SearchConfig
-from tale_ray.errors import ConfigError, TaskError
-from tale_ray.records import Score, SplitName
+from tale_ray.errors import ConfigError, StoreError, TaskError
+from tale_ray.records import ModelInfo, Score, SplitName
 from tale_ray.results.summary import stored_history
 from tale_ray.search.driver import unit_shape
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring
+from tale_ray.store.documents import Manifest
 from tale_ray.store.reader import RunReader
+from tale_ray.tasks.splits import digest_rows
 
 EvaluationEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | PoolEvent | Score
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredIdentity:
+    """What a run says of its model and its rows; what is scored as a result of that run has to be the same."""
+
+    run: str = ""  # for people
+    model: Mapping[str, str] = field(default_factory=dict)  # `digest` and `dtype`, those that have to be the same
+    task: Mapping[str, Any] | None = None  # what can change a prediction or its score; None: may be another
+    rows: Mapping[str, str] = field(default_factory=dict)  # digest by split, of those that have to be the same
+
+    def check_task(self, prepared: PreparedRows) -> None:
+        """Refuse another task or other rows.
+
+        Raises:
+            StoreError: the message names what differs.
+        """
+        asked = prepared.spec.identity()
+        if self.task is not None and (changed := [key for key in asked if self.task.get(key) != asked[key]]):
+            raise StoreError(
+                f"task {prepared.spec.name} is no longer what {self.run} was searched on: `{changed[0]}` has changed; "
+                "restore the task file, or name it with --task to score the run on it as it is"
+            )
+        for split, examples in prepared.examples.items():
+            digest = digest_rows([example.digest for example in examples])
+            if (stored := self.rows.get(split, digest)) != digest:
+                raise StoreError(
+                    f"the {split} rows of task {prepared.spec.name} are not those that {self.run} was searched on "
+                    f"(SHA-256 {stored[:12]}, now {digest[:12]}); restore its data, or name the task with --task to "
+                    "score the run on the rows as they are"
+                )
+
+    def check_model(self, info: ModelInfo, model: str) -> None:
+        """Refuse another model, or the same one in another dtype.
+
+        Raises:
+            StoreError: the message names what differs.
+        """
+        if (stored := self.model.get("digest", info.digest)) != info.digest:
+            raise StoreError(
+                f"the model {model} is not the one that {self.run} was searched with "
+                f"(SHA-256 {stored[:12]}, now {info.digest[:12]}); restore it, or name it with --model to score it as "
+                "it is"
+            )
+        if (stored := self.model.get("dtype", info.dtype)) != info.dtype:
+            raise StoreError(
+                f"the model would be scored in {info.dtype}, and {self.run} was searched in {stored}: ask for one of "
+                f"them with --dtype"
+            )
+
+
+def stored_identity(run: str, manifest: Manifest, options: Mapping[str, Any]) -> StoredIdentity:
+    """Return what a run says of all that `options` (those given for this call) do not ask to be different."""
+    parts = {"digest": ("model", "gguf", "revision"), "dtype": ("model", "dtype")}
+    same_task = "task" not in options
+    same_rows = not {"task", "rows", "splits", "seed"} & set(options)
+    return StoredIdentity(
+        run=run,
+        model={part: manifest.model[part] for part, names in parts.items() if not set(names) & set(options)},
+        task=manifest.task if same_task else None,
+        rows={split: values["digest"] for split, values in manifest.rows.items()} if same_rows else {},
+    )
+
+
 def run_evaluation(
-    config: SearchConfig, split: SplitName | None, interruption: Interruption
+    config: SearchConfig, expected: StoredIdentity, split: SplitName | None, interruption: Interruption
 ) -> Iterator[EvaluationEvent]:
     """Score the model without `config.strategy.remove` on the rows of a split (None: of all); the score comes last.
 
     Raises:
-        UsageError: the request cannot be met.
+        UsageError: the request cannot be met, or model or rows are not the expected ones.
         Interrupted: asked to stop.
     """
     config = with_absolute_paths(config)
     with interruption.breakable():
         prepared = prepare_rows(config.task)
+        expected.check_task(prepared)
         check_request(config)
     yield RowsPrepared(prepared.spec.name, prepared.counts, prepared.notes)
     if split is not None and split not in prepared.examples:
@@ -51,7 +116,9 @@ def run_evaluation(
         interruption.arm()
         with interruption.breakable():
             info = executor.load()
-            yield ModelLoaded(info)
+        yield ModelLoaded(info)
+        expected.check_model(info, config.model.model)
+        with interruption.breakable():
             config.strategy.check_layers(info.num_layers)
             questions = encode_questions(
                 executor, replace(prepared, examples={s: prepared.examples[s] for s in chosen}), info
