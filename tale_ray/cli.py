@@ -257,10 +257,10 @@ def tasks(context: click.Context) -> None:
 @tasks.command("show")
 @click.argument("name")
 def show_task(name: str) -> None:
-    """Show a task: its source, prompt and answers."""
+    """Print the file of a task, to copy from: its source, prompt and answers."""
     spec = load_task(name)
-    click.echo(describe_task(spec))
-    click.echo(yaml.safe_dump(spec.identity(), sort_keys=False, allow_unicode=True).rstrip())
+    click.echo(f"# The file of the task {spec.name}. Copy and change it, and search with --task PATH.")
+    click.echo(spec.text.rstrip())
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas
 import pytest
+import yaml
 from folders import Material, command, show
 from folders import material_fixture as material_fixture
 
 import tale_ray.cluster.worker
 from tale_ray.store.reader import RunReader
-from tale_ray.tasks.spec import builtin_tasks
+from tale_ray.tasks.spec import builtin_tasks, load_task
 
 
 @pytest.fixture(scope="module", name="finished")
@@ -405,10 +406,21 @@ def test_tasks() -> None:
     assert listed.code == 0
     for name in builtin_tasks():
         assert f"{name}: " in listed.out
-    shown = command("tasks", "show", "boolean_synthetic")
+    assert "generated (boolean, seed 0, 1200 rows)" in listed.out
+
+
+@pytest.mark.parametrize("name", [*builtin_tasks(), "a task of one's own"])
+def test_what_is_shown_of_a_task_is_a_task(material: Material, tmp_path: Path, name: str) -> None:
+    shown = command("tasks", "show", name if name in builtin_tasks() else material.task)
     assert shown.code == 0
-    assert "generated (boolean, seed 0, 1200 rows)" in shown.out
-    assert "max_new_tokens: 1" in shown.out
+    assert shown.out.startswith("# ")
+    original = load_task(name if name in builtin_tasks() else str(material.task))
+    assert shown.out.split("\n", 1)[1].strip() == original.text.strip()
+    assert yaml.safe_load(shown.out)["name"] == original.name
+    (tmp_path / "copy.yaml").write_text(shown.out)
+    copy = load_task(str(tmp_path / "copy.yaml"))
+    assert copy.identity() == original.identity()
+    assert copy.source == original.source
 
 
 @pytest.mark.parametrize("asked", [[], ["--local"], ["--address", "ray://asked"]])

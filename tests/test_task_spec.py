@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tale_ray.errors import TaskError
+from tale_ray.tasks.prompts import render_rows
 from tale_ray.tasks.spec import (
     AnswerSpec,
     FileSource,
@@ -74,6 +76,38 @@ metric: accuracy
     assert spec.answer == AnswerSpec(type="choice", labels=("A", "B"))
     assert (spec.max_new_tokens, spec.metric, spec.folder) == (1, "accuracy", tmp_path)
     assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "tasks.md"
+
+
+def test_the_examples_of_the_guide_are_tasks(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    files = [block for block in blocks if block.startswith("name: ")]
+    assert len(files) == 3
+    for block in files:
+        (tmp_path / "task.yaml").write_text(block, encoding="utf-8")
+        assert load_task(str(tmp_path / "task.yaml")).text == block
+    (sources,) = [block.strip().splitlines() for block in blocks if block.startswith("source: ")]
+    for line in sources:
+        load_task(write_task(tmp_path, **yaml.safe_load(line)))
+    for name in re.findall(r"^\| `\{(.*?)\}` \|", GUIDE.read_text(encoding="utf-8"), re.MULTILINE):
+        answer = yaml.safe_load(f"{{{name}}}")
+        if answer["type"] != "math" or importlib.util.find_spec("math_verify"):
+            assert load_task(write_task(tmp_path, answer=answer)).answer.type == answer["type"]
+
+
+def test_the_rows_of_the_guide_are_asked(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(name: .*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    rows = [
+        {"text": "Dull.", "stars": 1},
+        {"question": "1 + 1?", "options": ["1", "3", "2"], "correct": 2},
+        {"question": "How many?", "answer": "One and two.\n#### 3"},
+    ]
+    for block, row, target in zip(blocks, rows, ["bad", "C", "3"], strict=True):
+        (tmp_path / "task.yaml").write_text(block, encoding="utf-8")
+        (example,) = render_rows(load_task(str(tmp_path / "task.yaml")), [row])
+        assert example.target == target
 
 
 @pytest.mark.parametrize(

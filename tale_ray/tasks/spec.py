@@ -98,6 +98,7 @@ class TaskSpec:
     max_new_tokens: int
     metric: str
     folder: Path  # what relative data files are relative to
+    text: str  # the task file itself
 
     def identity(self) -> dict[str, Any]:
         """Return what can change a prediction or its score, as canonical JSON values: no source, name or path."""
@@ -163,7 +164,8 @@ def describe_task(spec: TaskSpec) -> str:
 
 def _load_file(path: Path) -> TaskSpec:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         raise TaskError(f"task file {path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -184,6 +186,7 @@ def _load_file(path: Path) -> TaskSpec:
         max_new_tokens=keys.integer("max_new_tokens", minimum=1),
         metric=keys.one_of("metric", METRICS, "accuracy"),
         folder=path.absolute().parent,
+        text=text,
     )
     keys.finish()
     return spec
