@@ -1,6 +1,8 @@
 """Draw the result of a run as an SVG picture of the terminal, for the README.
 
 python tools/draw_result.py runs/boolean_synthetic-... docs/quickstart.svg
+
+The picture names the run as it is named here: call this in the folder that holds `runs`, with a relative path.
 """
 
 import io
