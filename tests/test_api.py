@@ -10,9 +10,12 @@ from folders import Material, command, show
 from folders import material_fixture as material_fixture
 
 import tale_ray
-from tale_ray.api import make_config, resumed_config
-from tale_ray.errors import BaselineZero, ConfigError, StoreError
+from tale_ray.api import evaluated_config, make_config, resumed_config
+from tale_ray.attempt.evaluate import run_evaluation
+from tale_ray.attempt.search import ModelLoaded
+from tale_ray.errors import BaselineZero, ConfigError, Interrupted, StoreError
 from tale_ray.records import Score
+from tale_ray.search.interruption import Interruption
 
 
 @pytest.fixture(scope="module", name="options")
@@ -105,6 +108,18 @@ def test_other_rows_are_not_scored_as_those_of_the_run(movable: Any, material: M
     (tmp_path / "tiny.yaml").write_text(text.replace("max_new_tokens: 1", "max_new_tokens: 2"))
     with pytest.raises(StoreError, match="`max_new_tokens` has changed; restore the task file"):
         tale_ray.evaluate(run=movable.uri)
+
+
+def test_an_evaluation_is_not_stopped_in_the_hands_of_its_caller(run: Any) -> None:
+    """A request to stop waits while an event is shown, and is honoured by the next step."""
+    interruption = Interruption()
+    events = run_evaluation(*evaluated_config(run.uri), "test", interruption)
+    for event in events:
+        if isinstance(event, ModelLoaded):
+            break
+    interruption.request("enough")
+    with pytest.raises(Interrupted, match="enough"):
+        next(events)
 
 
 def test_errors_are_those_of_the_commands(material: Material, options: dict[str, Any], tmp_path: Path) -> None:
