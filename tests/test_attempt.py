@@ -36,3 +36,8 @@ def test_a_test_row_that_is_too_long_is_refused_before_the_search(
     assert outcome.code == 2
     assert "positions" in outcome.err
     assert RunReader(str(tmp_path / "run")).is_empty()
+
+
+def test_a_user_is_told_how_prompts_were_made(material: Material, tmp_path: Path) -> None:
+    outcome = material.search(tmp_path / "run", "--max-removed", "0")
+    assert "note: the tokenizer has no chat template" in outcome.err

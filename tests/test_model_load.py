@@ -190,7 +190,7 @@ def test_a_loaded_model_is_ready(checkpoint):
     info = loaded.info
     assert (info.num_layers, info.family, info.dtype, info.device) == (4, "llama", "float32", "cpu")
     assert info.digest == digest_model(checkpoint, None)
-    assert info.notes == ("the tokenizer has no chat template: prompts use a plain one",)
+    assert info.notes == ()
     assert info.load_seconds > 0
     assert pickle.loads(pickle.dumps(info)) == info
     prompt = tiny_prompts(1)[0]

@@ -4,6 +4,7 @@ The only module of this room that imports torch; it is imported inside workers, 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from tale_ray.engine.score import score_unit
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
-from tale_ray.tasks.prompts import encode
+from tale_ray.tasks.prompts import chat_notes, encode
 
 
 class Worker:
@@ -26,8 +27,9 @@ class Worker:
 
     @property
     def info(self) -> ModelInfo:
-        """What is to be known of the model."""
-        return self._loaded.info
+        """What is to be known of the model and of how it is asked."""
+        info = self._loaded.info
+        return replace(info, notes=(*info.notes, *chat_notes(self._loaded.tokenizer)))
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
         """Return the examples as token ids."""

@@ -81,7 +81,7 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
         max_positions=max_positions(model),
-        notes=_notes(model, tokenizer, loading),
+        notes=_notes(model, loading),
     )
     return LoadedModel(model, tokenizer, layers, info)
 
@@ -195,12 +195,10 @@ def _check_placement(model: Any) -> None:
         )
 
 
-def _notes(model: Any, tokenizer: Any, loading: dict[str, Any]) -> tuple[str, ...]:
+def _notes(model: Any, loading: dict[str, Any]) -> tuple[str, ...]:
     notes = []
     if unused := sorted(map(str, loading["unexpected_keys"])):
         notes.append(f"the checkpoint holds {len(unused)} weights that the model does not use, such as {unused[0]}")
-    if not getattr(tokenizer, "chat_template", None):
-        notes.append("the tokenizer has no chat template: prompts use a plain one")
     if model.generation_config.eos_token_id is None:
         notes.append("the checkpoint names no end token: replies always have the full number of new tokens")
     return tuple(notes)
