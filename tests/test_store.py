@@ -64,7 +64,7 @@ ROUNDS = st.builds(
     candidates=st.lists(SCORES, max_size=5).map(tuple),
     committed=st.booleans(),
 )
-WORKS = st.builds(Work, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
+WORKS = st.builds(Work, COUNTS, COUNTS, COUNTS)
 
 
 @st.composite
