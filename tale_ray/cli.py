@@ -52,7 +52,7 @@ def _option_file(context: click.Context, _parameter: click.Parameter, path: str 
         return
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}; it is YAML in UTF-8") from error
     known = {parameter.name for parameter in context.command.params if parameter.name} - {"config"}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

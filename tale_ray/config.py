@@ -19,6 +19,8 @@ EpsilonMode = Literal["baseline", "current"]
 ResumeMode = Literal["auto", "must", "never"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+_MAX_DECIMALS = 100
+
 DEFAULT_SPLITS: Mapping[SplitName, str] = {"search": "0.5", "select": "0.2", "test": "0.3"}
 
 
@@ -40,6 +42,8 @@ def _decimal_share(text: str, name: str) -> Decimal:
         value = Decimal(text.strip())
     except InvalidOperation:
         raise ConfigError(f"{name} {text!r} is not a number: write a decimal from 0 to 1, such as 0.08") from None
+    if value.is_finite() and value.as_tuple().exponent < -_MAX_DECIMALS:  # type: ignore[operator]  # finite: a number
+        raise ConfigError(f"{name} {text!r} has too many decimals: at most {_MAX_DECIMALS} are read")
     if not value.is_finite() or not 0 <= value <= 1:
         raise ConfigError(f"{name} {text!r} is out of range: it is a share of the rows, from 0 to 1, such as 0.08")
     return value

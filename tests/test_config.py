@@ -266,3 +266,9 @@ def test_equal_numbers_are_one_epsilon() -> None:
         for epsilon in ("0.08", "0.080", "8e-2", " 0.08 ")
     ]
     assert all(each == options[0] for each in options)
+
+
+@pytest.mark.parametrize("text", ["1e-999999999", "0." + "0" * 101 + "1"])
+def test_a_share_of_endless_decimals_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ConfigError, match="too many decimals"):
+        parse_epsilon(text)

@@ -278,3 +278,10 @@ def test_importing_tasks_imports_no_heavy_library() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", ["2020-99-99", "!!int x", "[" * 3000])
+def test_yaml_that_makes_no_value_is_refused_in_words(tmp_path: Path, value: str) -> None:
+    (tmp_path / "task.yaml").write_text(f"description: {value}\n")
+    with pytest.raises(TaskError, match=r"task\.yaml is not valid YAML"):
+        load_task(str(tmp_path / "task.yaml"))

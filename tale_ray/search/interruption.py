@@ -13,7 +13,7 @@ from types import FrameType
 
 from tale_ray.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
 
 class Interruption:
@@ -84,7 +84,7 @@ class Interruption:
                 self.request(f"the time limit of {time_limit_seconds:g} s is reached")
                 return
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(each, signal.SIG_DFL)
             self.request(f"{signal.Signals(number).name} was received")
 

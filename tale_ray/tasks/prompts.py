@@ -176,7 +176,15 @@ def _chat_text(tokenizer: Tokenizer, chat: Sequence[Message]) -> str:
             date_string=DATE,
             **options,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise TaskError(
             f"the tokenizer's chat template fails on {_shown(chat)}: {type(error).__name__}: {error}; "
             "change the roles of the task's messages, or use a model with another template"

@@ -170,7 +170,7 @@ def _load_file(path: Path) -> TaskSpec:
         raise TaskError(f"task file {path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"task file {path} cannot be read: {error}; a task file is YAML in UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter from values such as 2020-99-99
         raise TaskError(f"task file {path} is not valid YAML: {error}; correct it there") from error
     keys = _Keys(f"task file {path}", "", content)
     spec = TaskSpec(
