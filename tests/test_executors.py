@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from families import save_tiny, tiny_prompts, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import score_unit
-from tale_ray.errors import ModelError, TaskError
+from tale_ray.errors import InfeasibleError, ModelError, TaskError
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Executor, Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined
@@ -179,3 +180,35 @@ def test_a_unit_that_fails_by_accident(executor: Executor, worker: str) -> None:
     assert "IndexError" in failed.error
     assert failed.error.strip().splitlines()[-1].startswith("IndexError")  # the line that is shown
     assert done.result.unit.number == 6
+
+
+def test_a_local_worker_uses_no_more_gpus_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def from_pretrained(*_: Any, **options: Any) -> Any:
+        raise Seen({name: options[name] for name in ("device_map", "max_memory") if name in options})
+
+    def placement(num_gpus: int) -> str:
+        resources = ResourceSection(local=True, gpus_per_worker=num_gpus)
+        executor = LocalExecutor(ModelSection(model=str(folder)), "float32", resources)
+        executor.connect()
+        with pytest.raises(ModelError) as refused:
+            executor.load()
+        return str(refused.value)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * (gpu + 1), 9000))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert "{'device_map': None}" in placement(0)
+    assert "{'device_map': {'': 0}}" in placement(1)
+    assert "{'device_map': 'auto', 'max_memory': {0: 900, 1: 1800}}" in placement(2)
+    with pytest.raises(InfeasibleError, match="5 GPUs per worker are asked for, and this machine shows 4"):
+        placement(5)
+
+
+def test_a_local_worker_without_gpus_runs_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    executor = LocalExecutor(ModelSection(model=str(folder)), "float32", ResourceSection(local=True))
+    executor.connect()
+    assert executor.load().device == "cpu"

@@ -28,7 +28,7 @@ class WorkerActor:
         from tale_ray.cluster.worker import Worker, limit_threads
 
         limit_threads(self._resources.cpus_per_worker)
-        self._worker = Worker(self._name, section, dtype, self._resources.batch_bytes)
+        self._worker = Worker(self._name, section, dtype, self._resources)
         info: ModelInfo = self._worker.info
         return info
 

@@ -39,7 +39,7 @@ class LocalExecutor:
         """Load the model in this process."""
         from tale_ray.cluster.worker import Worker  # torch is wanted in this process only now
 
-        self._worker = Worker(LOCAL_WORKER, self._section, self._dtype, self._resources.batch_bytes)
+        self._worker = Worker(LOCAL_WORKER, self._section, self._dtype, self._resources)
         return self._worker.info
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tale_ray.config import ModelSection
+from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import score_unit
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
@@ -19,10 +19,10 @@ from tale_ray.tasks.prompts import chat_notes, encode
 class Worker:
     """One loaded model and the questions that it is asked."""
 
-    def __init__(self, name: str, section: ModelSection, dtype: str, batch_bytes: int | None) -> None:
+    def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._name = name
-        self._batch_bytes = batch_bytes
-        self._loaded: LoadedModel = load_model(section, dtype)
+        self._batch_bytes = resources.batch_bytes
+        self._loaded: LoadedModel = load_model(section, dtype, resources.gpus_per_worker)
         self._questions: Questions | None = None
 
     @property

@@ -29,12 +29,13 @@ class LoadedModel:
     info: ModelInfo
 
 
-def load_model(section: ModelSection, dtype: str) -> LoadedModel:
-    """Return the model of a section, loaded on the GPUs that this process sees, else on the CPU.
+def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedModel:
+    """Return the model of a section, loaded on the first GPUs that this process sees, or on the CPU.
 
     Args:
         section: a hub id, a folder, or `bundled`; a GGUF file is de-quantised.
         dtype: float32, bfloat16, float16, or `checkpoint` for the one the weights are stored in.
+        num_gpus: 0 runs on the CPU.
 
     Raises:
         ModelError: the model cannot be found, loaded, or searched.
@@ -56,7 +57,7 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=_DTYPES[dtype], device_map=_device_map(), output_loading_info=True, **options, **quantised
+            place, dtype=_DTYPES[dtype], output_loading_info=True, **_placement(num_gpus), **options, **quantised
         )
     except ModelError:
         raise
@@ -70,7 +71,7 @@ def load_model(section: ModelSection, dtype: str) -> LoadedModel:
         del model.config.quantization_config  # the weights are not quantised any more
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
-    _check_placement(model)
+    _check_placement(model, num_gpus)
     layers = find_layers(model)
     check_causal(model)
     info = ModelInfo(
@@ -147,11 +148,12 @@ def _load_tokenizer(place: str, folder: Path | None, options: dict[str, Any], qu
         ) from error
 
 
-def _device_map() -> Any:
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
-        return None
-    return {"": 0} if gpus == 1 else "auto"
+def _placement(num_gpus: int) -> dict[str, Any]:
+    """Return the options that keep a model on the CPU or on the first GPUs: a process may see more of them."""
+    if num_gpus <= 1:
+        return {"device_map": {"": 0} if num_gpus else None}
+    memory = {gpu: torch.cuda.mem_get_info(gpu)[0] * 9 // 10 for gpu in range(num_gpus)}
+    return {"device_map": "auto", "max_memory": memory}  # what is not named is not used
 
 
 def _device_name(model: Any) -> str:
@@ -186,11 +188,11 @@ def _require_gguf() -> None:
         raise ModelError("reading a GGUF file needs the package gguf: pip install 'tale-ray[gguf]'") from None
 
 
-def _check_placement(model: Any) -> None:
+def _check_placement(model: Any, num_gpus: int) -> None:
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if torch.cuda.device_count() and places & {"cpu", "disk"}:
+    if num_gpus and places & {"cpu", "disk"}:
         raise ModelError(
-            f"the model does not fit into the memory of {torch.cuda.device_count()} GPUs: "
+            f"the model does not fit into the memory of {num_gpus} GPU{'s' if num_gpus > 1 else ''}: "
             "give each worker more GPUs (--gpus-per-worker), or choose a smaller dtype"
         )
 
