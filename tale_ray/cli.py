@@ -291,7 +291,7 @@ def _search(config: SearchConfig) -> None:
             if type(error) is not Interrupted:  # the others say what to do
                 raise
             remedy = (
-                "nothing was scored yet; run the same command again"
+                "nothing is lost; run the same command again"
                 if run is None
                 else f"everything finished is stored; go on with: tale-ray resume {shlex.quote(strip_credentials(run))}"
             )

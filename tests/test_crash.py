@@ -228,7 +228,7 @@ def test_the_real_command_is_interrupted_while_it_loads_and_while_it_searches(
         return said.strip().splitlines()[-1]
 
     said = interrupted_after((run / "lease.json").exists)
-    assert said == "tale-ray: SIGTERM was received: nothing was scored yet; run the same command again"
+    assert said == "tale-ray: SIGTERM was received: nothing is lost; run the same command again"
     assert not (run / "run.json").exists()
     said = interrupted_after(lambda: position(run) >= (0, 1))
     assert said.endswith(f"go on with: tale-ray resume {run}")
@@ -243,7 +243,7 @@ def test_a_signal_that_the_loading_library_takes_for_an_error(
     monkeypatch.setattr("tale_ray.model.load.AutoConfig.from_pretrained", load)
     outcome = material.search(tmp_path / "run")
     assert outcome.code == 75, outcome.err
-    assert "SIGTERM was received: nothing was scored yet" in outcome.err
+    assert "SIGTERM was received: nothing is lost" in outcome.err
 
 
 def test_the_time_limit(material: Material, tmp_path: Path) -> None:
