@@ -460,3 +460,35 @@ def test_sigterm_ends_a_private_cluster(folder: Path, task: Path, tmp_path: Path
     assert "SIGTERM was received" in errors
     assert "Traceback" not in errors
     wait_for(lambda: not marked(mark), 20)
+
+
+def test_a_cluster_that_goes_away(folder: Path, task: Path, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    record = tmp_path / "run" / "attempts" / "attempt-0001.json"
+    others = {process.pid for process in workers_of_this_session()}
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    address = cluster.address
+    try:
+        command = command_line(folder, task, tmp_path / "run", "--workers", "1", "--address", address)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            wait_for(lambda: record.exists() or process.poll() is not None, 100)
+            found = [each for each in workers_of_this_session("ray::WorkerActor") if each.pid not in others]
+            for worker in found:
+                worker.suspend()  # or the search might end first
+            (head,) = cluster.head_node.all_processes["gcs_server"]
+            head.process.kill()
+            started = time.monotonic()
+            _, errors = process.communicate(timeout=100)
+            seconds = time.monotonic() - started
+            for worker in found:
+                worker.kill()
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 75, errors
+    assert f"the Ray cluster at {address} does not answer any more" in errors
+    assert "tale-ray resume" in errors
+    assert seconds < 30
+    assert json.loads(record.read_text())["how"] == "interrupted"
+    assert not (tmp_path / "run" / "lease.json").exists()

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,13 +20,47 @@ from tale_ray.errors import InfeasibleError, Interrupted
 logger = logging.getLogger("tale_ray.cluster")
 
 CONNECT_SECONDS = 5.0
+PATIENCE_SECONDS = 8.0  # with a head that does not answer; Ray ends this process after a minute
+CHECK_SECONDS = 2.0  # between two checks of the head
 _TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # about one try per second
 _AUTOSCALER_STATUS = b"__autoscaling_status"  # JSON, of the autoscaler's version 1
 _AUTOSCALER_V2 = b"__autoscaler_v2_enabled"
 
 
+@dataclass(slots=True)
+class Head:
+    """The process that a cluster cannot do without. Most calls of Ray hang for a minute when it is gone."""
+
+    address: str
+    gone: bool = False
+    checked_at: float = 0.0
+
+    def check(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """Find out that the head is gone before Ray does.
+
+        Raises:
+            Interrupted: it did not answer for so long.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while not self.gone:
+            try:
+                _check_listening(self.address, max(0.1, min(CONNECT_SECONDS, deadline - time.monotonic())))
+            except OSError:
+                self.gone = time.monotonic() + 0.5 >= deadline
+                time.sleep(0 if self.gone else 0.5)
+            else:
+                self.checked_at = time.monotonic()
+                return
+        raise Interrupted(f"the Ray cluster at {self.address} does not answer any more")
+
+    def check_now_and_then(self) -> None:
+        """Check, unless that was done a moment ago."""
+        if time.monotonic() - self.checked_at >= CHECK_SECONDS:
+            self.check()
+
+
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[Head]:
     """Join the cluster at `address`, or start a private one that ends with the body.
 
     Raises:
@@ -46,13 +82,15 @@ def connected(address: str | None) -> Iterator[None]:
         raise Interrupted("SIGTERM was received") from error
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise _as_infeasible(error, address) from error
+    client = address is not None and address.startswith("ray://")
+    head = Head(str(address) if client else ray.get_runtime_context().gcs_address)
     try:
-        yield
+        yield head
     finally:
-        ray.shutdown()  # ends a private cluster, only disconnects from another
+        ray.shutdown()  # ends a private cluster, only disconnects from another; takes 5 s when the head is gone
 
 
-def _check_listening(address: str) -> None:
+def _check_listening(address: str, timeout_seconds: float = CONNECT_SECONDS) -> None:
     """Find out in seconds that nobody answers: Ray tries for more than a minute, deaf to signals.
 
     Raises:
@@ -60,7 +98,7 @@ def _check_listening(address: str) -> None:
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds).close()
 
 
 @contextlib.contextmanager

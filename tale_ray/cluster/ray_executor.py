@@ -15,15 +15,16 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tale_ray.cluster.actor import WorkerActor
-from tale_ray.cluster.connection import check_feasible, connected, describe_cluster, describe_worker
+from tale_ray.cluster.connection import Head, check_feasible, connected, describe_cluster, describe_worker
 from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.errors import InfeasibleError, ModelError, TaleRayError, WorkersLost
+from tale_ray.errors import InfeasibleError, Interrupted, ModelError, TaleRayError, WorkersLost
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
 
 logger = logging.getLogger("tale_ray.cluster")
 
 POLL_SECONDS = 1.0
+CLOSE_SECONDS = 3.0  # of patience with a head that is left anyway
 FETCH_SECONDS = 60.0  # for an answer that is ready
 MAX_STARTS_IN_VAIN = 3  # of one worker, without a finished unit in between
 
@@ -58,6 +59,7 @@ class RayExecutor:
         self._resources = resources
         self._name = name
         self._stack = contextlib.ExitStack()
+        self._head: Head | None = None
         self._slots: list[_Slot] = []
         self._questions: Any = None
         self._info: ModelInfo | None = None
@@ -67,7 +69,7 @@ class RayExecutor:
 
     def connect(self) -> None:
         """Join or start the cluster, and check that a worker fits some node of it."""
-        self._stack.enter_context(connected(self._resources.address))
+        self._head = self._stack.enter_context(connected(self._resources.address))
         check_feasible(self._resources)
 
     def load(self) -> ModelInfo:
@@ -83,8 +85,11 @@ class RayExecutor:
         """Return the examples as token ids, by the first worker that has loaded."""
         while True:
             slot = self._loaded_slot()
+            call = slot.actor.encode.remote(examples)
+            while not ray.wait([call], timeout=POLL_SECONDS)[0]:
+                self._check_head()
             try:
-                rows: tuple[PromptRow, ...] = ray.get(slot.actor.encode.remote(examples))
+                rows: tuple[PromptRow, ...] = ray.get(call)
             except RayError as error:
                 if (refusal := _refusal(error)) is not None:
                     raise refusal from None
@@ -110,11 +115,19 @@ class RayExecutor:
 
     def close(self) -> None:
         """Kill the actors (a dropped handle would leave its GPU memory taken) and leave the cluster."""
-        for slot in self._slots:
-            if slot.actor is not None and ray.is_initialized():
-                ray.kill(slot.actor)
+        with contextlib.suppress(Interrupted):
+            if self._head is not None and ray.is_initialized():
+                self._head.check(CLOSE_SECONDS)
+                for slot in self._slots:
+                    if slot.actor is not None:
+                        ray.kill(slot.actor)
         self._slots = []
+        self._head = None
         self._stack.close()
+
+    def _check_head(self) -> None:
+        if self._head is not None:
+            self._head.check_now_and_then()
 
     # Workers come and go.
 
@@ -172,7 +185,10 @@ class RayExecutor:
 
         Raises:
             WorkersLost: that was the last one.
+            Interrupted: the whole cluster is gone.
         """
+        if self._head is not None:
+            self._head.check()
         ray.kill(slot.actor)
         slot.units.clear()
         slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = None
@@ -193,6 +209,7 @@ class RayExecutor:
         if not owners:
             return []
         ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        self._check_head()
         if ready:
             ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
         events = [
