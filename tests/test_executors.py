@@ -12,9 +12,10 @@ from families import save_tiny, tiny_prompts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tale_ray.cluster.local import LocalExecutor
+from tale_ray.cluster.worker import Worker
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import score_unit
-from tale_ray.errors import InfeasibleError, ModelError, TaskError
+from tale_ray.errors import ConfigError, InfeasibleError, ModelError, TaskError
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Executor, Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined
@@ -212,3 +213,31 @@ def test_a_local_worker_without_gpus_runs_on_the_cpu(folder: Path, monkeypatch: 
     executor = LocalExecutor(ModelSection(model=str(folder)), "float32", ResourceSection(local=True))
     executor.connect()
     assert executor.load().device == "cpu"
+
+
+@pytest.mark.parametrize("batch_bytes", [None, 256 * 2**20])
+def test_a_worker_out_of_gpu_memory_takes_smaller_batches(
+    folder: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, batch_bytes: int | None
+) -> None:
+    room = 10 * 2**20
+    budgets: list[int | None] = []
+
+    def scarce(*arguments: Any) -> UnitResult:
+        budgets.append(arguments[5])
+        if arguments[5] is None or arguments[5] > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return score_unit(*arguments)
+
+    monkeypatch.setattr("tale_ray.cluster.worker.score_unit", scarce)
+    worker = Worker("one", ModelSection(model=str(folder)), "float32", ResourceSection(batch_bytes=batch_bytes))
+    worker.share(QUESTIONS)
+    result = worker.score(unit(1))
+    assert budgets == [batch_bytes, *(mebi * 2**20 for mebi in (128, 64, 32, 16, 8))]
+    direct = score_unit(loaded, unit(1), QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+    assert without_seconds(result) == without_seconds(direct)
+    worker.score(unit(2))
+    assert budgets[-1] == 8 * 2**20  # learned
+    assert len(budgets) == 7
+    room = 0
+    with pytest.raises(ConfigError, match="the longest row"):
+        worker.score(unit(3))

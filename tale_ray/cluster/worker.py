@@ -3,17 +3,21 @@
 The only module of this room that imports torch; it is imported inside workers, and in process for `--local`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.engine.budget import default_budget
 from tale_ray.engine.score import score_unit
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.tasks.prompts import chat_notes, encode
+
+logger = logging.getLogger("tale_ray.cluster")
 
 
 class Worker:
@@ -43,16 +47,35 @@ class Worker:
         self._questions = questions
 
     def score(self, unit: WorkUnit) -> UnitResult:
-        """Return the answers of every candidate of the unit to its rows."""
+        """Return the answers of every candidate of the unit to its rows; in smaller batches if memory runs out.
+
+        Raises:
+            ConfigError: not even one row fits.
+        """
         assert self._questions is not None, "questions are shared before units are submitted"
-        return score_unit(
-            self._loaded,
-            unit,
-            self._questions.rows[unit.split],
-            self._questions.answer,
-            self._questions.max_new_tokens,
-            self._batch_bytes,
-            self._name,
+        while True:
+            try:
+                return score_unit(
+                    self._loaded,
+                    unit,
+                    self._questions.rows[unit.split],
+                    self._questions.answer,
+                    self._questions.max_new_tokens,
+                    self._batch_bytes,
+                    self._name,
+                )
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds the batch in its traceback: it is over before the memory is counted
+            torch.cuda.empty_cache()
+            self._halve_budget()
+
+    def _halve_budget(self) -> None:
+        """Run half as many rows at once from now on; below one row the budget itself is refused."""
+        if self._batch_bytes is None:
+            self._batch_bytes = default_budget(self._loaded.model.device)
+        self._batch_bytes //= 2
+        logger.warning(
+            "%s is out of GPU memory; from now on a batch takes %.1f MiB at most", self._name, self._batch_bytes / 2**20
         )
 
 
