@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tale_ray.attempt.search import run_search
 from tale_ray.cluster.actor import WorkerActor
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import score_unit
-from tale_ray.errors import InfeasibleError, PoisonUnit, WorkersLost
+from tale_ray.errors import InfeasibleError, Interrupted, ModelError, PoisonUnit, WorkersLost
 from tale_ray.model.load import load_model
 from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.driver import RoundFinished
@@ -189,6 +190,7 @@ def test_a_search_that_loses_a_worker_decides_the_same(
 def paper_worker(**deaths: int) -> type:
     """A worker class that answers by a table; its process dies in the methods named, so many times."""
     folder = deaths.pop("folder", None)
+    bad: Any = deaths.pop("bad", None)  # how worker-1 is on a bad node
 
     class Paper(WorkerActor):
         def _maybe_die(self, method: str) -> None:
@@ -202,6 +204,11 @@ def paper_worker(**deaths: int) -> type:
 
         def load(self, section: ModelSection, dtype: str) -> ModelInfo:
             self._maybe_die("load")
+            if bad and self._name != "worker-0":
+                time.sleep(1)  # the good one is first
+                if bad == "refuses":
+                    raise ModelError("no such folder here")
+                return replace(MODEL, digest="f" * 64)
             return MODEL
 
         def encode(self, rows: Sequence[Any]) -> tuple[PromptRow, ...]:
@@ -262,6 +269,24 @@ def test_a_unit_that_kills_every_worker(executor: Callable[..., Any], paper: Any
         scored(executor(workers=2))
 
 
+@pytest.mark.parametrize(("bad", "reason"), [("refuses", "no such folder here"), ("differs", "loaded another model")])
+def test_a_bad_node_is_lost_and_the_others_go_on(
+    executor: Callable[..., Any], paper: Any, bad: str, reason: str
+) -> None:
+    paper(bad=bad)
+    ray = executor(workers=2)
+    ray.connect()
+    assert ray.load() == MODEL
+    ray.share(Questions({"search": ROWS}, ANSWER, 1))
+    seen: list[Any] = []
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or sum(isinstance(each, WorkerLost) for each in seen) == 3)
+    assert WorkerJoined("worker-0") in seen
+    assert all(each.worker == "worker-1" and reason in each.reason for each in seen if isinstance(each, WorkerLost))
+    ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
+    (done,) = wait_for(lambda: ray.poll(1.0))
+    assert isinstance(done, UnitDone)
+
+
 # Places.
 
 
@@ -296,9 +321,30 @@ def test_workers_that_ask_for_no_gpu_see_none(executor: Callable[..., Any], pape
     assert visible_gpus(executor(workers=1), 1) == [""]
 
 
-def test_fewer_places_than_workers(executor: Callable[..., Any], paper: Any) -> None:
+def test_fewer_places_than_workers(
+    executor: Callable[..., Any], paper: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paper()
-    assert len(visible_gpus(executor(workers=5, cpus_per_worker=CLUSTER_CPUS // 2), 2)) == 2
+    monkeypatch.setattr("tale_ray.cluster.ray_executor.MISSING_SECONDS", 1.0)
+    caplog.set_level("INFO", "tale_ray.cluster")
+    ray = executor(workers=5, cpus_per_worker=CLUSTER_CPUS // 2)
+    assert len(visible_gpus(ray, 2)) == 2
+    wait_for(lambda: ray.poll(0.5) or "have a place" in caplog.text, 10)
+    ray.poll(1.5)
+    told = [message for message in caplog.messages if "have a place" in message]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 5 workers have a place; the cluster has 6 CPUs and 4 GPUs")
+
+
+def test_no_place_for_a_worker_that_was_lost(executor: Callable[..., Any], paper: Any) -> None:
+    paper()
+    ray = executor(workers=1, wait_resources_seconds=30)
+    ray.connect()
+    ray.load()
+    (slot,) = ray._slots
+    slot.actor, slot.info, ray._unplaced_since = None, None, time.monotonic() - 30  # since its node was lost
+    with pytest.raises(Interrupted, match=r"all workers are lost, and no worker found a place .* `tale-ray resume`"):
+        ray._check_places()
 
 
 def test_as_many_workers_as_fit(executor: Callable[..., Any], paper: Any) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,20 @@ def test_a_sheet_is_read_back_exactly(rows: list[tuple[str, str, RowAnswer]]) ->
     digests, targets, answers = zip(*rows, strict=True) if rows else ((), (), ())
     sheet = AnswerSheet("best", "test", digests, targets, answers)
     assert load_sheet(dump_sheet(sheet, 1, "run"), "f") == sheet
+
+
+def test_reading_tables_leaves_no_threads(tmp_path: Path) -> None:
+    # A thread of pyarrow that lets go of bytes of Python while the interpreter ends aborts the process.
+    write_run(tmp_path / "run")
+    program = (
+        "import os, sys\n"
+        "from tale_ray.store import RunReader\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "assert RunReader(sys.argv[1]).rounds()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
 
 def test_a_run_is_read_back_exactly(tmp_path: Path) -> None:

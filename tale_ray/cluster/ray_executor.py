@@ -26,6 +26,7 @@ logger = logging.getLogger("tale_ray.cluster")
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 3.0  # of patience with a head that is left anyway
 FETCH_SECONDS = 60.0  # for an answer that is ready
+MISSING_SECONDS = 5.0  # after the first worker has joined, until it is said that others have no place
 MAX_STARTS_IN_VAIN = 3  # of one worker, without a finished unit in between
 
 
@@ -64,6 +65,8 @@ class RayExecutor:
         self._questions: Any = None
         self._info: ModelInfo | None = None
         self._unplaced_since: float | None = None
+        self._first_joined_at: float | None = None
+        self._missing_told = False
 
     # The Executor protocol.
 
@@ -167,6 +170,7 @@ class RayExecutor:
 
         Raises:
             InfeasibleError: for some time no worker has run anywhere.
+            Interrupted: the same, of a search that had workers.
         """
         if any(slot.placed for slot in self._slots):
             self._unplaced_since = None
@@ -174,10 +178,28 @@ class RayExecutor:
         now = time.monotonic()
         self._unplaced_since = self._unplaced_since or now
         if now - self._unplaced_since >= self._resources.wait_resources_seconds:
-            raise InfeasibleError(
+            found = (
                 f"no worker found a place within {self._resources.wait_resources_seconds:g} s: each needs "
-                f"{describe_worker(self._resources)}, and {describe_cluster()}. "
-                "Wait until others are done, ask for less, or raise --wait-resources"
+                f"{describe_worker(self._resources)}, and {describe_cluster()}"
+            )
+            if self._info is not None:
+                raise Interrupted(f"all workers are lost, and {found}; `tale-ray resume` goes on when there is room")
+            raise InfeasibleError(f"{found}. Wait until others are done, ask for less, or raise --wait-resources")
+
+    def _tell_of_missing(self) -> None:
+        """Say once that some workers have no place yet."""
+        if self._missing_told or self._first_joined_at is None:
+            return
+        if time.monotonic() - self._first_joined_at < MISSING_SECONDS:
+            return
+        self._missing_told = True
+        placed = sum(slot.placed for slot in self._slots)
+        if placed < len(self._slots):
+            logger.info(
+                "%d of %d workers have a place; %s; the others join when there is room",
+                placed,
+                len(self._slots),
+                describe_cluster(),
             )
 
     def _lose(self, slot: _Slot, reason: str) -> WorkerLost:
@@ -219,6 +241,7 @@ class RayExecutor:
             for event in self._answer(owners[ref], ref)
         ]
         self._check_places()
+        self._tell_of_missing()
         return events
 
     def _answer(self, slot: _Slot, ref: Any) -> list[WorkerEvent]:
@@ -233,9 +256,13 @@ class RayExecutor:
             slot.placing = None
             return []
         if ref == slot.loading:
-            return self._loaded(slot, value)
+            try:
+                return self._loaded(slot, value)
+            except ModelError as error:  # only this node has it, the others go on
+                return [self._lose(slot, str(error))]
         if ref == slot.sharing:
             slot.sharing = None
+            self._first_joined_at = self._first_joined_at or time.monotonic()
             return [WorkerJoined(slot.name)]
         del slot.units[ref]
         slot.starts_in_vain = 0
@@ -243,8 +270,6 @@ class RayExecutor:
         return [UnitDone(slot.name, result)]
 
     def _loaded(self, slot: _Slot, info: ModelInfo) -> list[WorkerEvent]:
-        slot.loading = None
-        slot.info = info
         self._info = self._info or info
         if (info.digest, info.num_layers, info.dtype) != (self._info.digest, self._info.num_layers, self._info.dtype):
             raise ModelError(
@@ -252,6 +277,8 @@ class RayExecutor:
                 f"(digest {info.digest[:12]} in {info.dtype}, not {self._info.digest[:12]} in {self._info.dtype}): "
                 "put the same files on every node"
             )
+        slot.loading = None
+        slot.info = info
         if self._questions is not None:
             slot.sharing = slot.actor.share.remote(self._questions)
         return []
@@ -261,9 +288,9 @@ class RayExecutor:
         refusal = _refusal(error)
         if ref in slot.units:
             return [UnitFailed(slot.name, slot.units.pop(ref), str(error), refusal)]
-        if refusal is not None:  # while loading: the same anywhere
+        if refusal is not None and self._info is None:  # no worker has loaded the model: the same anywhere
             raise refusal
-        return [self._lose(slot, _last_line(error))]
+        return [self._lose(slot, str(refusal or _last_line(error)))]
 
 
 def _log_lost(events: Sequence[WorkerEvent]) -> None:
@@ -275,7 +302,7 @@ def _log_lost(events: Sequence[WorkerEvent]) -> None:
 
 def _last_line(error: RayError) -> str:
     """Return the line of Ray's many that says what happened."""
-    return str(error).strip().splitlines()[-1].strip()
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def _refusal(error: RayError) -> TaleRayError | None:

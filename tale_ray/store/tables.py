@@ -241,7 +241,7 @@ def _damage_named(path: str, remedy: str) -> Iterator[None]:
 
 
 def _load(data: bytes, schema: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
     texts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if "schema_version" not in texts:
         raise ValueError("it has no schema version, so tale_ray did not write it")
