@@ -1,5 +1,6 @@
 """Prompts: what a row renders to, and the tokens of a chat under every kind of chat template."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_a_word_target_is_spelled_as_its_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"reply": "{{ anwser }}"}, ["`reply`", "'anwser' is undefined", "answer, question"]),
+        ({"reply": "{{ anwser }}"}, ["`reply`", "'anwser' is undefined", "answer, broken, question"]),
         ({"reply": "{{ answer.text }}"}, ["`reply`", "text"]),
         ({"messages": [{"role": "user", "content": "{{ q }}"}]}, ["`messages[0].content`", "'q' is undefined"]),
         ({"reply": "{{ answer / 0 }}"}, ["`reply`", "ZeroDivisionError"]),
@@ -116,12 +117,21 @@ def test_a_word_target_is_spelled_as_its_label(tmp_path: Path) -> None:
         ({"target": "{{ question }}"}, ["'how many?'", "a number", "row d"]),
         ({"answer": {"type": "choice", "labels": ["A", "B"]}}, ["'2'", "labels A, B", "row d", "how many?"]),
         ({"group_by": "subject"}, ["group_by", "'subject'", "question, answer"]),
+        *(
+            ({field: value}, [f"`{name}`", "half a character", "\\ud83d", "correct"])
+            for field, name, value in (
+                ("reply", "reply", "{{ broken }}"),
+                ("target", "target", "{{ broken }} {{ answer }}"),
+                ("messages", "messages[0].content", [{"role": "user", "content": "{{ broken }}"}]),
+                ("reply", "reply", r"{{ '\ud83d' }}"),
+            )
+        ),
     ],
 )
 def test_a_row_that_a_task_cannot_ask(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
     spec = make_spec(tmp_path, **changes)
     with pytest.raises(TaskError) as error:
-        render(spec, {"question": "how many?", "answer": 2}, "d")
+        render(spec, {"question": "how many?", "answer": 2, "broken": json.loads(r'"x \ud83d"')}, "d")
     for part in parts:
         assert part in str(error.value)
 

@@ -198,6 +198,9 @@ def test_identity_ignores_where_rows_come_from_and_nothing_else(tmp_path: Path) 
         ({"source": {"generator": "boolean", "seed": 0, "rows": 0}}, ["`source.rows` is 0", "at least 1"]),
         ({"source": {"generator": "boolean", "rows": 1}}, ["`source.seed` is missing"]),
         ({"shots": {"path": "a/b"}}, ["`shots.split` is missing"]),
+        ({"answer": {"type": "word", "labels": ["A", "\ud83d"]}}, ["`answer.labels`", "\\ud83d", "half a character"]),
+        ({"description": "\ud83d"}, ["`description` is '\\ud83d'", "half a character"]),
+        ({"reply": "\ud83d"}, ["`reply` is '\\ud83d'", "half a character"]),
     ],
 )
 def test_a_broken_rule_names_file_key_value_and_remedy(

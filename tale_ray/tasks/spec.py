@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias, get_args
 import yaml
 
 from tale_ray.errors import TaskError
-from tale_ray.tasks.templates import compile_template
+from tale_ray.tasks.templates import compile_template, half_character
 
 AnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex"]
 FileFormat: TypeAlias = Literal["csv", "json", "parquet"]
@@ -309,6 +309,7 @@ class _Keys:
             self.refuse(key, f"it is a text; {_quote_hint(value)}")
         if not value.strip() and default is _MISSING:
             self.refuse(key, "it is a text that is not empty; write one")
+        self._check_characters(key, value)
         return value
 
     def matching(self, key: str, pattern: str, rule: str) -> str:
@@ -339,7 +340,12 @@ class _Keys:
                 self.refuse(key, f"entry {item!r} is not a text; {_quote_hint(item)}")
             if not item.strip():
                 self.refuse(key, "an entry is empty; remove it")
+            self._check_characters(key, item)
         return tuple(values)
+
+    def _check_characters(self, key: str, text: str) -> None:
+        if half := half_character(text):
+            self.refuse(key, f"{half} in it is half a character; correct it")
 
     def integer(self, key: str, minimum: int | None = None) -> int:
         value = self.take(key)

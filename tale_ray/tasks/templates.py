@@ -3,6 +3,7 @@
 This module does not know what a task is, nor what a template is for.
 """
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 _ENVIRONMENT = _environment()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @lru_cache(maxsize=256)
@@ -36,16 +38,25 @@ def compile_template(text: str) -> Template:
         raise TaskError(f"line {error.lineno} of the template is not valid jinja2: {error.message}") from error
 
 
+def half_character(text: str) -> str | None:
+    """Return the escape of the first lone surrogate in a text, which no tokenizer or file takes; None: there is none.
+
+    Broken data has them where a text was cut in the middle of an emoji.
+    """
+    found = _SURROGATE.search(text)
+    return None if found is None else f"\\u{ord(found[0]):04x}"
+
+
 def render_template(text: str, row: Mapping[str, Any], name: str) -> str:
     """Return the template filled with the columns of `row`; `name` is what errors call it.
 
     Raises:
-        TaskError: the template uses a name that is no column, or fails on this row.
+        TaskError: the template uses a name that is no column, fails on this row, or writes what is no text.
     """
     template = compile_template(text)
     columns = ", ".join(sorted(map(str, row))) or "none"
     try:
-        return template.render(row)
+        rendered = template.render(row)
     except UndefinedError as error:
         raise TaskError(
             f"template `{name}` {text!r}: {error.message}; the columns of the row are: {columns}. "
@@ -56,3 +67,9 @@ def render_template(text: str, row: Mapping[str, Any], name: str) -> str:
             f"template `{name}` {text!r} fails on a row with the columns {columns}: "
             f"{type(error).__name__}: {error}. Correct the template, or the row"
         ) from error
+    if half := half_character(rendered):
+        raise TaskError(
+            f"template `{name}` {text!r} writes {half} on a row with the columns {columns}: "
+            "that is half a character, which no model can be asked; correct the row"
+        )
+    return rendered
