@@ -142,6 +142,7 @@ def test_several_files_patterns_and_absolute_paths(tmp_path: Path) -> None:
     [
         ("csv", "missing.csv", None, ["missing.csv", "does not exist", "data_files"]),
         ("csv", "*.tsv", None, ["*.tsv", "does not exist"]),
+        *(("csv", name, None, [name, "cannot be looked for", "data_files"]) for name in ("**x", "/", "x" * 300)),
         ("csv", "empty.csv", b"", ["empty.csv", "cannot be read as csv"]),
         ("csv", "header.csv", b"a,b\n", ["header.csv", "no rows"]),
         ("csv", "ragged.csv", b"a,b\n1,2\n1,2,3\n", ["ragged.csv", "cannot be read as csv"]),

@@ -103,10 +103,7 @@ def _read_files(source: FileSource, folder: Path) -> list[Row]:
     rows: list[Row] = []
     for pattern in source.data_files:
         path = folder / pattern
-        if path.is_file():
-            rows += _read_file(path, source.format)
-            continue
-        files = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+        files = _matching_files(path)
         if not files:
             raise TaskError(
                 f"data file {path} does not exist: paths are relative to the folder of the task file, {folder}; "
@@ -115,6 +112,19 @@ def _read_files(source: FileSource, folder: Path) -> list[Row]:
         for file in files:
             rows += _read_file(file, source.format)
     return _with_all_columns(rows)
+
+
+def _matching_files(path: Path) -> list[Path]:
+    """Return the file of that name, else those that it matches as a pattern."""
+    try:
+        if path.is_file():
+            return [path]
+        return sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+    except (OSError, ValueError, IndexError) as error:  # the latter two from patterns that pathlib does not take
+        raise TaskError(
+            f"data file {path} cannot be looked for ({error}): name files, or patterns with *, ? and ** as a whole "
+            "folder; correct data_files"
+        ) from error
 
 
 def _read_file(path: Path, file_format: FileFormat) -> list[Row]:
