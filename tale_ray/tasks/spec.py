@@ -250,7 +250,7 @@ def _answer(keys: "_Keys") -> AnswerSpec:
         pattern = keys.text("pattern")
         try:
             groups = re.compile(pattern).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             keys.refuse("pattern", f"it is not a regular expression of Python: {error}; correct it")
         if groups < 1:
             keys.refuse("pattern", "the answer is its first group; put parentheses around what is the answer")

@@ -30,12 +30,14 @@ def compile_template(text: str) -> Template:
     """Return the compiled template.
 
     Raises:
-        TaskError: the syntax is wrong, or a filter or test does not exist.
+        TaskError: the syntax is wrong, a filter or test does not exist, or it is too much for jinja2 or Python.
     """
     try:
         return _ENVIRONMENT.from_string(text)
     except TemplateSyntaxError as error:
         raise TaskError(f"line {error.lineno} of the template is not valid jinja2: {error.message}") from error
+    except Exception as error:  # jinja2 writes Python, and what Python refuses comes out as it is
+        raise TaskError(f"jinja2 cannot compile it ({type(error).__name__}: {error}): write it simpler") from error
 
 
 def half_character(text: str) -> str | None:
