@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from tale_ray.annotations import fits
 from tale_ray.errors import ConfigError
 from tale_ray.records import SplitName
 
@@ -20,6 +21,15 @@ ResumeMode = Literal["auto", "must", "never"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 _MAX_DECIMALS = 100
+_MAX_SECONDS = 10 * 365 * 24 * 60 * 60  # the timers of some systems overflow soon after
+_MAX_BYTES = 2**60
+_KINDS: Mapping[Any, str] = {
+    str | None: "a text",
+    bool | None: "true or false",
+    int | None: "a whole number",
+    float | None: "a number of seconds",
+}
+_BROKEN_TEXT = re.compile("[\0\ud800-\udfff]")
 
 DEFAULT_SPLITS: Mapping[SplitName, str] = {"search": "0.5", "select": "0.2", "test": "0.3"}
 
@@ -38,6 +48,8 @@ def _share(text: str, name: str) -> Fraction:
 
 
 def _decimal_share(text: str, name: str) -> Decimal:
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} {text!r} is not a text: write it in quotes, for its decimals are read as they stand")
     try:
         value = Decimal(text.strip())
     except InvalidOperation:
@@ -109,14 +121,17 @@ def parse_bytes(text: str) -> int:
     """Return the bytes of a size: `1048576`, `256MiB`, `8GiB`, `2GB`.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: not of that form, or more than any machine has.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
     if not match:
         raise ConfigError(f"size {text!r} is not understood: give bytes, or like 256MiB, 8GiB")
     number, prefix, binary = match.groups()
     power = " KMGT".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = Decimal(number) * (1024 if binary else 1000) ** power
+    if size > _MAX_BYTES:
+        raise ConfigError(f"size {text!r} is too large: it is at most {_MAX_BYTES} bytes; give less")
+    return int(size)
 
 
 def splits_text(splits: Mapping[SplitName, str]) -> str:
@@ -124,18 +139,25 @@ def splits_text(splits: Mapping[SplitName, str]) -> str:
     return ",".join(f"{name}={share}" for name, share in splits.items())
 
 
-def _number(value: Any, kind: str, name: str) -> None:
-    kinds: Any = int if kind == "whole number" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{name} {value!r} is not a {kind}: write one")
+def _check_kinds(section: Any) -> None:
+    """Refuse texts, truth values and numbers that are of another type than their field."""
+    for item in fields(section):
+        value, name = getattr(section, item.name), item.name.removesuffix("_seconds").replace("_", " ")
+        kind: Any = item.type
+        if (words := _KINDS.get(kind | None)) and not fits(value, kind):
+            raise ConfigError(f"{name} {value!r} is not {words}: write one")
+        if isinstance(value, str) and _BROKEN_TEXT.search(value):
+            raise ConfigError(f"{name} {value!r} holds a character that no path or name can have: correct it")
 
 
-def _at_least(value: float | None, minimum: float, name: str, remedy: str, kind: str = "whole number") -> None:
-    if value is None:
-        return
-    _number(value, kind, name)
-    if not value >= minimum:
+def _at_least(value: float | None, minimum: float, name: str, remedy: str) -> None:
+    if value is not None and not value >= minimum:
         raise ConfigError(f"{name} {value} is too small: it is at least {minimum}; {remedy}")
+
+
+def _at_most(value: float | None, maximum: int, name: str, unit: str, remedy: str) -> None:
+    if value is not None and value > maximum:
+        raise ConfigError(f"{name} {value} is too large: it is at most {maximum} {unit}; {remedy}")
 
 
 def _one_of(value: str, choices: Any, name: str) -> None:
@@ -154,6 +176,7 @@ class ModelSection:
     dtype: DType = "auto"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if not self.model.strip():
             raise ConfigError("model '' is empty: give a hub id, a folder, or 'bundled'")
         _one_of(self.dtype, DType, "dtype")
@@ -170,8 +193,8 @@ class TaskSection:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
-        _number(self.seed, "whole number", "seed")
         known = get_args(SplitName)
         if not isinstance(self.splits, Mapping):
             raise ConfigError(f"splits {self.splits!r} are no shares by name: write them like search=0.5,test=0.3")
@@ -206,14 +229,17 @@ class StrategySection:
     exhaustive: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.strategy != "tale":
             raise ConfigError(f"strategy {self.strategy!r} is not known: choose one of tale")
         parse_epsilon(self.epsilon)
         _one_of(self.epsilon_mode, EpsilonMode, "epsilon mode")
         _at_least(self.max_removed, 0, "max removed", "leave the option out for no limit")
         for name, layers in (("remove", self.remove), ("keep layers", self.keep_layers)):
-            for layer in layers:
-                _number(layer, "whole number", f"{name}: layer")
+            if not isinstance(layers, tuple):
+                raise ConfigError(f"{name} {layers!r} is not a list of layers: write numbers such as 3,7")
+            if wrong := [layer for layer in layers if not fits(layer, int)]:
+                raise ConfigError(f"{name}: layer {wrong[0]!r} is not a whole number: write one")
             if min(layers, default=0) < 0:
                 raise ConfigError(f"{name}: layer {min(layers)} does not exist: layers are numbered from 0")
             if len(set(layers)) < len(layers):
@@ -256,11 +282,14 @@ class ResourceSection:
     batch_bytes: int | None = None  # activations of one micro-batch; None: chosen from the device
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _at_least(self.workers, 1, "workers", "leave the option out for as many as fit")
         _at_least(self.gpus_per_worker, 0, "gpus per worker", "0 runs on CPU")
         _at_least(self.cpus_per_worker, 1, "cpus per worker", "every worker needs one")
-        _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait", "number of seconds")
+        _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait")
+        _at_most(self.wait_resources_seconds, _MAX_SECONDS, "wait resources", "seconds", "wait less")
         _at_least(self.batch_bytes, 1, "batch bytes", "leave the option out to choose from the device")
+        _at_most(self.batch_bytes, _MAX_BYTES, "batch bytes", "bytes", "leave the option out to choose from the device")
         if self.local and self.address is not None:
             raise ConfigError(f"local and address {self.address!r} exclude each other: leave one out")
         if self.local and (self.workers or 1) > 1:
@@ -276,8 +305,10 @@ class StorageSection:
     time_limit_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _one_of(self.resume, ResumeMode, "resume")
-        _at_least(self.time_limit_seconds, 1, "time limit", "give it in seconds or like 30m, 2h", "number of seconds")
+        _at_least(self.time_limit_seconds, 1, "time limit", "give it in seconds or like 30m, 2h")
+        _at_most(self.time_limit_seconds, _MAX_SECONDS, "time limit", "seconds", "leave the option out for no limit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,14 +347,21 @@ class SearchConfig:
 
     @staticmethod
     def from_json(sections: Mapping[str, Mapping[str, Any]]) -> "SearchConfig":
-        """Return the configuration that `to_json` wrote; fields that an older version lacked get their default."""
-        strategy = dict(sections["strategy"])
-        for name in ("remove", "keep_layers"):
-            strategy[name] = tuple(strategy.get(name, ()))
-        return SearchConfig(
-            model=ModelSection(**sections["model"]),
-            task=TaskSection(**sections["task"]),
-            strategy=StrategySection(**strategy),
-            resources=ResourceSection(**sections["resources"]),
-            storage=StorageSection(**sections["storage"]),
-        )
+        """Return the configuration that `to_json` wrote; fields that an older version lacked get their default.
+
+        Raises:
+            ConfigError: it did not write them, or a value breaks a rule.
+        """
+        try:
+            strategy = dict(sections["strategy"])
+            for name in ("remove", "keep_layers"):
+                strategy[name] = tuple(strategy.get(name, ()))
+            return SearchConfig(
+                model=ModelSection(**sections["model"]),
+                task=TaskSection(**sections["task"]),
+                strategy=StrategySection(**strategy),
+                resources=ResourceSection(**sections["resources"]),
+                storage=StorageSection(**sections["storage"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"not a configuration: {error}; it has the sections and fields of this version") from None

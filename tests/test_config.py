@@ -50,7 +50,15 @@ def test_what_is_no_duration(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1048576", 2**20), ("1k", 1000), ("256MiB", 2**28), ("8GiB", 2**33), ("2GB", 2 * 10**9), ("1.5 KiB", 1536)],
+    [
+        ("1048576", 2**20),
+        (f"{2**60 - 1}", 2**60 - 1),
+        ("1k", 1000),
+        ("256MiB", 2**28),
+        ("8GiB", 2**33),
+        ("2GB", 2 * 10**9),
+        ("1.5 KiB", 1536),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -59,6 +67,12 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1PB", "many"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match=f"size {text!r} is not understood"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, f"{2**60 + 1}", "99999999999T"], ids=len)
+def test_a_size_that_no_machine_has(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"size '{text}' is too large: it is at most {2**60} bytes"):
         parse_bytes(text)
 
 
@@ -106,7 +120,15 @@ def test_what_is_no_epsilon(text: str) -> None:
 TASK = {"task": "t"}
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ModelSection, {"model": " "}, "model '' is empty"),
+    (ModelSection, {"model": 5}, "model 5 is not a text"),
+    (ModelSection, {"model": "a\0b"}, "model 'a\\x00b' holds a character that no path or name can have"),
+    (ModelSection, {"model": "m", "gguf": "\udcff"}, "gguf '\\udcff' holds a character"),
+    (ModelSection, {"model": "m", "trust_remote_code": "no"}, "trust remote code 'no' is not true or false"),
+    (ModelSection, {"model": "m", "dtype": 4}, "dtype 4 is not known"),
     (ModelSection, {"model": "m", "dtype": "int4"}, "dtype 'int4' is not known: choose one of auto, float32"),
+    (TaskSection, {"task": None}, "task None is not a text"),
+    (TaskSection, {**TASK, "data_root": 1}, "data root 1 is not a text"),
+    (TaskSection, {**TASK, "splits": {"search": 0.5}}, "share of the search split 0.5 is not a text"),
     (TaskSection, {**TASK, "rows": 0}, "rows 0 is too small: it is at least 1"),
     (TaskSection, {**TASK, "rows": "9"}, "rows '9' is not a whole number"),
     (TaskSection, {**TASK, "rows": 2.5}, "rows 2.5 is not a whole number"),
@@ -122,6 +144,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "splits: 'train' is not known: the splits are shots, search, select, test, finetune",
     ),
     (TaskSection, {**TASK, "splits": 0.5}, "splits 0.5 are no shares by name: write them like search=0.5,test=0.3"),
+    (StrategySection, {"epsilon": 0.08}, "epsilon 0.08 is not a text"),
+    (StrategySection, {"exhaustive": "no"}, "exhaustive 'no' is not true or false"),
+    (StrategySection, {"remove": 3}, "remove 3 is not a list of layers"),
     (StrategySection, {"strategy": "random"}, "strategy 'random' is not known"),
     (StrategySection, {"epsilon_mode": "last"}, "epsilon mode 'last' is not known: choose one of baseline, current"),
     (StrategySection, {"max_removed": -1}, "max removed -1 is too small: it is at least 0"),
@@ -131,6 +156,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (StrategySection, {"keep_layers": (1, 2, 1)}, "keep layers 1,2,1: a layer is named twice"),
     (StrategySection, {"remove": (3,), "keep_layers": (2, 3)}, "layer 3 is in remove and in keep layers"),
     (StrategySection, {"remove": (1, 2), "max_removed": 1}, "remove names 2 layers but max removed is 1"),
+    (ResourceSection, {"local": "yes"}, "local 'yes' is not true or false"),
+    (ResourceSection, {"address": 6379}, "address 6379 is not a text"),
+    (ResourceSection, {"workers": 1.5}, "workers 1.5 is not a whole number"),
+    (ResourceSection, {"batch_bytes": 2**61}, f"batch bytes {2**61} is too large: it is at most {2**60}"),
+    (ResourceSection, {"wait_resources_seconds": float("inf")}, "wait resources inf is too large"),
     (ResourceSection, {"workers": 0}, "workers 0 is too small: it is at least 1"),
     (ResourceSection, {"gpus_per_worker": -1}, "gpus per worker -1 is too small"),
     (ResourceSection, {"cpus_per_worker": 0}, "cpus per worker 0 is too small"),
@@ -140,6 +170,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ResourceSection, {"local": True, "address": "auto"}, "local and address 'auto' exclude each other"),
     (StorageSection, {"resume": "maybe"}, "resume 'maybe' is not known: choose one of auto, must, never"),
     (StorageSection, {"time_limit_seconds": 0.5}, "time limit 0.5 is too small: it is at least 1"),
+    (StorageSection, {"run": True}, "run True is not a text"),
+    (StorageSection, {"time_limit_seconds": True}, "time limit True is not a number of seconds"),
+    (StorageSection, {"time_limit_seconds": 1e9}, "time limit 1000000000.0 is too large: it is at most 315360000"),
     (StorageSection, {"time_limit_seconds": "2h"}, "time limit '2h' is not a number of seconds"),
 ]
 
@@ -162,6 +195,24 @@ def test_a_value_that_breaks_a_rule_is_refused_in_words(section: type, values: d
 def test_layers_that_a_model_does_not_have(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         StrategySection(**values).check_layers(4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model": value} for value in ([], {}, {"model": 5}, {"model": "m", "colour": "red"})),
+        *({"strategy": value} for value in (5, {"remove": 5}, {"keep_layers": ["a"]}, {"epsilon": "much"})),
+        {"task": {"task": "t", "splits": {"search": 1}}},
+    ],
+)
+def test_json_of_no_configuration(change: dict[str, Any]) -> None:
+    stored = SearchConfig(model=ModelSection(model="m"), task=TaskSection(task="t")).to_json()
+    with pytest.raises(ConfigError):
+        SearchConfig.from_json({**stored, **change})
+    for name in change:
+        del stored[name]
+    with pytest.raises(ConfigError, match="not a configuration"):
+        SearchConfig.from_json(stored)
 
 
 def test_splits_are_cut_in_one_order_however_they_are_written() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,11 @@ from folders import Material, command, show
 from folders import material_fixture as material_fixture
 
 import tale_ray.cluster.worker
+from tale_ray.errors import StoreError
+from tale_ray.results.summary import summarize
 from tale_ray.search.driver import Driver
 from tale_ray.store.lease import machine_name, process_start
+from tale_ray.store.reader import RunReader
 
 NUMBER = (int, float)
 SCORE = {"correct": int, "total": int, "invalid": int}
@@ -234,3 +238,62 @@ def test_who_counts_as_running(
     summary = checked(show(run), *NULL_BEFORE_THE_BASELINE)
     assert summary["state"] == state
     assert summary["stop_reason"] == (None if state == "running" else "interrupted")
+
+
+@pytest.fixture(scope="module", name="finished")
+def finished_fixture(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert material.search(run, "--max-removed", "1", "--rows", "10").code == 0
+    return run
+
+
+def test_foreign_folders_beside_units_are_passed_over(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("round-abc", "round-", "rounds-0002", "mine"):
+        (run / "partial" / name).mkdir(parents=True)
+    assert show(run)["work"] == show(finished)["work"]
+
+
+def changed(content: Any, where: list[str], value: Any) -> Any:
+    """A JSON value with one of its parts replaced, or left out (None)."""
+    name, *rest = where
+    new = changed(content[name], rest, value) if rest else value
+    return {key: inner for key, inner in {**content, name: new}.items() if inner is not None or rest}
+
+
+@pytest.mark.parametrize(
+    ("file", "where", "value"),
+    [
+        ("run.json", "config", []),
+        ("run.json", "config.model", None),
+        ("run.json", "config.model.model", 5),
+        ("run.json", "config.strategy.epsilon", "much"),
+        ("run.json", "config.strategy.remove", 3),
+        ("run.json", "config.task.splits", {"search": 1}),
+        ("run.json", "config.task.colour", "red"),
+        ("run.json", "model.num_layers", "6"),
+        ("run.json", "model.num_layers", True),
+        ("run.json", "model.dtype", None),
+        ("run.json", "task.name", 1),
+        ("run.json", "rows", {"search": 5}),
+        ("run.json", "rows.search.count", "many"),
+        ("run.json", "tokens", {"search": 5}),
+        ("run.json", "created", 5),
+        ("attempts/attempt-0001.json", "retries", "x"),
+        ("attempts/attempt-0001.json", "attempt", "1"),
+        ("results/test.json", "best", [1]),
+        ("results/test.json", "best.removed", 5),
+        ("results/test.json", "best.round", None),
+        ("results/test.json", "best.correct", "all"),
+        ("results/test.json", "best.total", 0),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_named(
+    finished: Path, tmp_path: Path, file: str, where: str, value: Any
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    content = json.loads((run / file).read_text())
+    (run / file).write_text(json.dumps(changed(content, where.split("."), value)))
+    with pytest.raises(StoreError, match=f"{run / file} was changed: .*(put back|delete)"):
+        summarize(RunReader(str(run)))
+    assert command("resume", run).code == 2
