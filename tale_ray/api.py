@@ -1,7 +1,7 @@
 """The Python API: the same as the command line, without its display."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -106,7 +106,7 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
             value = _TEXTS[name](value)
         elif name == "splits" and isinstance(value, Mapping):
             value = {split: str(share) for split, share in value.items()}
-        elif name in ("remove", "keep_layers"):
+        elif name in ("remove", "keep_layers") and isinstance(value, Iterable):
             value = tuple(value)
         values[_RENAMED.get(name, name)] = value
     return values

@@ -10,7 +10,9 @@ import pytest
 from folders import NUM_LAYERS, Material, Outcome, command, task_text, write_rows
 from folders import material_fixture as material_fixture
 
+import tale_ray
 import tale_ray.cluster.worker
+from tale_ray.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +173,24 @@ def test_model_and_task_have_to_be_named(material: Material) -> None:
     assert_refused(command("evaluate", "--local", "--model", material.model), "task is missing")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": "5"}, "rows '5' is not a whole number"),
+        ({"workers": 1.5}, "workers 1.5 is not a whole number"),
+        ({"local": "yes"}, "local 'yes' is not true or false"),
+        ({"remove": 5}, "remove 5 is not a list of layers"),
+        ({"keep_layers": [None]}, "keep layers: layer None is not a whole number"),
+        ({"splits": 1}, "splits 1 are no shares by name"),
+        ({"model": 7}, "model 7 is not a text"),
+        ({"time_limit": float("inf")}, "time limit inf is too large"),
+    ],
+)
+def test_types_in_python(material: Material, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tale_ray.search(**{"model": material.model, "task": material.task, "local": True, **options})
+
+
 CONFIG_FILES = {
     "epsilom: 0.1": ("option 'epsilom' is not known (did you mean epsilon?)", "max_removed"),
     "config: other.yaml": ("option 'config' is not known",),
@@ -179,8 +199,20 @@ CONFIG_FILES = {
     "": ("is not a mapping",),
     "epsilon: 2": ("epsilon '2' is out of range",),
     "rows: many": ("'many' is not a valid int",),
+    "rows: 2.5": ("option rows is 2.5", "a whole number"),
+    "seed: true": ("option seed is True", "a whole number"),
+    "exhaustive: 'no'": ("option exhaustive is 'no'", "true or false"),
+    "local: 1": ("option local is 1", "true or false"),
+    "revision: 1.10": ("option revision is 1.1", "a text", "quotes"),
+    "run: yes": ("option run is True", "a text", "quotes"),
+    "task: [boolq, arc_easy]": ("option task is ['boolq', 'arc_easy']", "a text"),
+    "dtype: {a: b}": ("option dtype is {'a': 'b'}", "a text"),
+    "epsilon: true": ("option epsilon is True", "a text or a number"),
+    "batch_bytes: [1, 2]": ("option batch_bytes is [1, 2]", "a text or a number"),
+    "remove: 2.5": ("option remove is 2.5", "a list of layers"),
+    "splits: [0.5, 0.5]": ("option splits is [0.5, 0.5]", "a text or shares by name"),
     "splits: {search: 0.5, train: 0.5}": ("'train=0.5' is not NAME=SHARE", "shots, search, select"),
-    "remove: {3: 7}": ("remove '3=7' is not a list of layers",),
+    "remove: {3: 7}": ("option remove is {3: 7}", "a list of layers"),
     "remove: [1, 1]": ("remove 1,1: a layer is named twice",),
     "\xff\xfe": ("cannot be read",),
 }
