@@ -52,7 +52,7 @@ def manifest(search: SearchConfig) -> Manifest:
         created="2026-01-01T00:00:00+00:00",
         config=search.to_json(),
         identity={},
-        model={"num_layers": MODEL.num_layers},
+        model={"num_layers": MODEL.num_layers, "digest": "m", "dtype": "float32"},
         task={"name": "simulated"},
         rows={split: {"count": len(rows), "digest": split} for split, rows in EXAMPLES.items()},
         tokens={},

@@ -35,7 +35,7 @@ MANIFEST = Manifest(
     created="2026-01-02T03:04:05+00:00",
     config=json.loads(json.dumps(CONFIG.to_json())),  # lists, as they are read back
     identity={"seed": 0},
-    model={"digest": "d", "num_layers": 12},
+    model={"digest": "d", "dtype": "float32", "num_layers": 12},
     task={"name": "boolean"},
     rows={"search": {"count": 4, "digest": "e"}},
     tokens={"search": "f"},
@@ -266,7 +266,9 @@ def test_no_credentials_in_any_file(tmp_path: Path) -> None:
         storage=StorageSection(run="s3://k:SECRET@bucket/run"),
     )
     with RunWriter.claim(str(tmp_path)) as writer:
-        writer.write_manifest(replace(MANIFEST, config=config.to_json(), model={"path": "https://u:SECRET@hub/model"}))
+        writer.write_manifest(
+            replace(MANIFEST, config=config.to_json(), model={**MANIFEST.model, "path": "https://u:SECRET@hub"})
+        )
         writer.start_attempt(config.to_json()["storage"], {})
         writer.update_attempt(how="failed", error="cannot reach s3://k:SECRET@bucket/run")
         writer.write_result("r", {"from": ["s3://k:SECRET@bucket"]})

@@ -285,7 +285,6 @@ def changed(content: Any, where: list[str], value: Any) -> Any:
         ("results/test.json", "best.removed", 5),
         ("results/test.json", "best.round", None),
         ("results/test.json", "best.correct", "all"),
-        ("results/test.json", "best.total", 0),
     ],
 )
 def test_a_value_of_another_type_in_a_file_is_named(

@@ -1,19 +1,20 @@
 """What a run folder says of itself: the fields of `tale-ray show --json`, read from storage alone."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tale_ray.config import SearchConfig
 from tale_ray.records import CandidateScore, Round, Score, SplitName, StopReason, Work
 from tale_ray.search.history import History
 from tale_ray.search.strategy import make_strategy
-from tale_ray.store.documents import Manifest
+from tale_ray.store.documents import Manifest, check_fields
 from tale_ray.store.lease import holder_state
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import StoredRound
 
 SHOWN_SPLITS: tuple[SplitName, ...] = ("shots", "search", "select", "test")
+_HELD_OUT = {"round": int, "removed": list[int], "correct": int, "total": int, "invalid": int}
 
 
 def stored_history(reader: RunReader, manifest: Manifest) -> History:
@@ -25,15 +26,23 @@ def _history(rounds: Sequence[StoredRound], manifest: Manifest) -> History:
     return History.of(
         (stored.round for stored in rounds),
         num_layers=manifest.model["num_layers"],
-        start=tuple(manifest.config["strategy"]["remove"]),
+        start=SearchConfig.from_json(manifest.config).strategy.remove,
     )
 
 
 def held_out_result(reader: RunReader, history: History) -> dict[str, Any] | None:
-    """Return the scores on test rows, or None if the results of the search are not those that were scored."""
+    """Return the scores on test rows, or None if the results of the search are not those that were scored.
+
+    Raises:
+        StoreError: they cannot be read, or were changed.
+    """
     found = reader.result("test")
     if found is None or not history.rounds:
         return None
+    place = (f"{reader.uri}/results/test.json", "delete it: the test rows are scored again")
+    check_fields(found, dict.fromkeys(found, Mapping[str, Any]), *place)
+    for entry in found.values():
+        check_fields(entry, _HELD_OUT, *place)
     scored = {name: (entry["round"], tuple(entry["removed"])) for name, entry in found.items() if name in history.picks}
     return found if scored == {name: (e.number, e.removed) for name, e in history.picks.items()} else None
 
@@ -126,8 +135,8 @@ def _partial_work(reader: RunReader, history: History) -> Work:
     finished = len(history.rounds) + (history.rejected is not None)
     work = Work()
     for scope in reader.partial_scopes():
-        kind, _, number = scope.partition("-")
-        if kind == "round" and int(number) >= finished:
+        number = scope.removeprefix("round-")
+        if number != scope and number.isdecimal() and int(number) >= finished:
             for result in reader.unit_results(scope):
                 cells = result.unit.candidate_rows if int(number) else 0
                 work += Work(units=1, candidate_rows=cells, layer_applications=result.layer_applications)

@@ -6,12 +6,15 @@ credentials on the way to a file. Does not know where the files are.
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, TypeVar
 
-from tale_ray.errors import StoreError
+from tale_ray.annotations import fits
+from tale_ray.config import SearchConfig
+from tale_ray.errors import ConfigError, StoreError
 from tale_ray.store.uris import strip_all
 
 JSON: TypeAlias = Any  # what json.loads returns
@@ -33,7 +36,7 @@ class Manifest:
     identity: Mapping[str, JSON]  # what a resumed run must agree with
     model: Mapping[str, JSON]
     task: Mapping[str, JSON]
-    rows: Mapping[str, JSON]  # by split: {"count", "digest"}
+    rows: Mapping[str, Mapping[str, JSON]]  # by split: {"count", "digest"}
     tokens: Mapping[str, str]  # by split: digest of the token sequences
     versions: Mapping[str, str]
 
@@ -95,7 +98,7 @@ def parse_json(data: bytes, path: str, remedy: str) -> dict[str, JSON]:
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is truncated or was changed ({error}): it holds one JSON object; {remedy}") from error
     if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
         raise StoreError(f"{path} was not written by tale_ray: it has no schema version; {remedy}")
@@ -118,27 +121,51 @@ def check_version(version: int, path: str) -> None:
 
 def _load(kind: type[Document], data: bytes, path: str, remedy: str) -> Document:
     content = parse_json(data, path, remedy)
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # dataclasses, all three
-    required = {item.name for item in fields(kind) if item.default is item.default_factory is MISSING}  # type: ignore[arg-type]
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # dataclasses, all three
+    required = {name for name, item in known.items() if item.default is item.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
         raise StoreError(f"{path} was changed: {', '.join(missing)} is missing in it; {remedy}")
-    return kind(**{name: value for name, value in content.items() if name in known})
+    values = {name: value for name, value in content.items() if name in known}
+    check_fields(values, {name: known[name].type for name in values}, path, remedy)
+    return kind(**values)
+
+
+def check_fields(content: Mapping[str, JSON], kinds: Mapping[str, Any], path: str, remedy: str) -> None:
+    """Refuse an object in a file that lacks a field, or has one of another type.
+
+    Raises:
+        StoreError: names the first of them.
+    """
+    for name, kind in kinds.items():
+        if name not in content or not fits(content[name], kind):
+            shown = reprlib.repr(content.get(name))
+            raise StoreError(f"{path} was changed: {name} is {shown}, which tale_ray never writes there; {remedy}")
 
 
 def load_manifest(data: bytes, path: str) -> Manifest:
     """Return the manifest in a file.
 
     Raises:
-        StoreError: truncated, not ours, or written by a newer version.
+        StoreError: truncated, changed, not ours, or written by a newer version.
     """
-    return _load(Manifest, data, path, "put back a copy of it, or choose another --run")
+    remedy = "put back a copy of it, or choose another --run"
+    manifest = _load(Manifest, data, path, remedy)
+    check_fields(manifest.model, {"num_layers": int, "digest": str, "dtype": str}, path, remedy)
+    check_fields(manifest.task, {"name": str}, path, remedy)
+    for entry in manifest.rows.values():
+        check_fields(entry, {"count": int, "digest": str}, path, remedy)
+    try:
+        SearchConfig.from_json(manifest.config)
+    except ConfigError as error:
+        raise StoreError(f"{path} was changed: config: {error}; {remedy}") from error
+    return manifest
 
 
 def load_attempt(data: bytes, path: str) -> AttemptRecord:
     """Return the attempt in a file.
 
     Raises:
-        StoreError: truncated, not ours, or written by a newer version.
+        StoreError: truncated, changed, not ours, or written by a newer version.
     """
     return _load(AttemptRecord, data, path, "delete it: only what it says of that attempt is lost")
 
@@ -147,11 +174,11 @@ def load_lease(data: bytes, path: str) -> Lease:
     """Return the lease in a file.
 
     Raises:
-        StoreError: truncated, not ours, or written by a newer version.
+        StoreError: truncated, changed, not ours, or written by a newer version.
     """
     lease = _load(Lease, data, path, _LEASE_REMEDY)
-    if not isinstance(lease.pid, int) or lease.pid < 1 or not isinstance(lease.expires, int | float):
-        raise StoreError(f"{path} was changed: pid {lease.pid!r}, expires {lease.expires!r}; {_LEASE_REMEDY}")
+    if lease.pid < 1:
+        raise StoreError(f"{path} was changed: pid {lease.pid}, and processes are numbered from 1; {_LEASE_REMEDY}")
     return lease
 
 
