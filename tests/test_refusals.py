@@ -85,12 +85,22 @@ OPTIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--model", "./nowhere"], ("model folder ./nowhere does not exist", "give an existing folder")),
     (["--model", ""], ("model '' is empty",)),
     (["--gguf", "weights.gguf"], ("GGUF file weights.gguf is not in",)),
+    (["--run", "~nosuchuser/run"], ("run '~nosuchuser/run' cannot be reached", "choose another --run")),
+    (["--run", "x" * 300], (f"{'x' * 300} cannot be read", "File name too long")),
+    (["--model", "~nosuchuser/model"], ("model folder ~nosuchuser/model does not exist",)),
+    (["--model", f"./{'x' * 300}"], (f"model folder ./{'x' * 300} does not exist",)),
+    (["--gguf", "x" * 300], ("is not in",)),
+    (["--task", "~nosuchuser/task.yaml"], ("task file ~nosuchuser/task.yaml does not exist",)),
+    (["--task", "x" * 300], (f"task '{'x' * 300}' is not known",)),
+    (["--data-root", "~nosuchuser", "--task", "boolean_expressions"], ("data root ~nosuchuser is not a folder",)),
+    (["--data-root", "x" * 300, "--task", "boolean_expressions"], ("is not a folder",)),
+    (["--config", "~nosuchuser/options.yaml"], ("cannot be read",)),
     (["--config", "nowhere.yaml"], ("config file nowhere.yaml cannot be read",)),
     (["--no-such-option"], ("No such option",)),
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=[" ".join(options) for options, _ in OPTIONS])
+@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=[" ".join(options)[:60] for options, _ in OPTIONS])
 def test_options(material: Material, tmp_path: Path, options: list[str], words: tuple[str, ...]) -> None:
     for dry in ([], ["--dry-run"]):
         assert_refused(material.search(tmp_path / "run", *options, *dry), *words)
@@ -254,6 +264,13 @@ def test_what_is_no_run(tmp_path: Path, name: str) -> None:
             command(*arguments), f"{str(folder)!r} is not a run: run.json is missing there", "check the path"
         )
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("run", ["~nosuchuser/run", "a\0b", "\udcff", "s3://a\0b", "x" * 300])
+@pytest.mark.parametrize("name", ["show", "resume", "evaluate"])
+def test_addresses_that_no_run_can_have(name: str, run: str) -> None:
+    arguments = ["evaluate", "--run", run] if name == "evaluate" else [name, run]
+    assert_refused(command(*arguments), "cannot be re", "check the path" if len(run) == 300 else "choose another --run")
 
 
 def test_evaluations(material: Material) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tale_ray.attempt.rows import PreparedRows
 from tale_ray.config import SearchConfig
+from tale_ray.paths import existing
 from tale_ray.tasks.splits import digest_rows
 
 
@@ -70,5 +71,5 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
 
 
 def _absolute(text: str, is_meant: Callable[[Path], bool]) -> str:
-    path = Path(text).expanduser()
-    return str(path.resolve()) if is_meant(path) else text
+    path = existing(text, is_meant)
+    return text if path is None else str(path.resolve())

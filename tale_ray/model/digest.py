@@ -13,6 +13,7 @@ from typing import Any
 from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
 from tale_ray.model.support import refusal
+from tale_ray.paths import existing
 
 _BUNDLED = Path(__file__).parent / "bundled"
 _CONFIGURATION_FILES = ("config.json", "generation_config.json")
@@ -31,8 +32,7 @@ def model_folder(ref: str) -> Path | None:
     """Return the folder that a model reference names: the package's own for `bundled`, an existing one, else None."""
     if ref == "bundled":
         return _BUNDLED
-    folder = Path(ref).expanduser()
-    return folder if folder.is_dir() else None
+    return existing(ref, Path.is_dir)
 
 
 def check_model(section: ModelSection) -> None:
@@ -45,7 +45,7 @@ def check_model(section: ModelSection) -> None:
     """
     folder = model_folder(section.model)
     if folder is None:
-        if Path(section.model).expanduser().is_file():
+        if existing(section.model, Path.is_file):
             raise ModelError(
                 f"model {section.model} is a file: give the folder that it lies in, and a GGUF file's name with --gguf"
             )
@@ -55,7 +55,7 @@ def check_model(section: ModelSection) -> None:
                 "give an existing folder, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or 'bundled'"
             )
         return
-    if section.gguf is not None and not (folder / section.gguf).is_file():
+    if section.gguf is not None and not existing(str(folder / section.gguf), Path.is_file):
         there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
         raise ModelError(f"GGUF file {section.gguf} is not in {folder}: the GGUF files there are {there}")
     if section.gguf is None or (folder / "config.json").is_file():
@@ -115,7 +115,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): make it readable") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}): copy the checkpoint again") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} is not a JSON object: copy the checkpoint again")

@@ -73,16 +73,17 @@ class Files:
         self._clock = clock
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._numbers = itertools.count()
-        if "://" in uri:
-            try:
+        try:
+            if "://" in uri:
                 self._system, self._root = pa.fs.FileSystem.from_uri(uri)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-                raise StoreError(
-                    f"run {self.shown!r} cannot be reached ({strip_credentials(str(error))}): "
-                    "a run is a folder or an address like s3://bucket/folder; choose another --run"
-                ) from error
-        else:
-            self._system, self._root = pa.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+            else:
+                self._system, self._root = pa.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+            self._system.normalize_path(self._root)  # refuses what no path can hold
+        except (ValueError, pa.ArrowNotImplementedError, OSError, RuntimeError) as error:
+            raise StoreError(
+                f"run {self.shown!r} cannot be reached ({strip_credentials(str(error))}): "
+                "a run is a folder or an address like s3://bucket/folder; choose another --run"
+            ) from error
         self._local = Path(self._root) if isinstance(self._system, pa.fs.LocalFileSystem) else None
 
     def path(self, name: str) -> str:

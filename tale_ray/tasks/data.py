@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from tale_ray.errors import TaskError
+from tale_ray.paths import existing
 from tale_ray.tasks.boolean import generate_rows
 from tale_ray.tasks.spec import FileFormat, FileSource, GeneratorSource, HubSource, Source, TaskSpec
 
@@ -64,7 +65,7 @@ def _load(source: Source, spec: TaskSpec, data_root: str | None) -> list[Row]:
 
 
 def _check_root(data_root: str) -> None:
-    if not Path(data_root).is_dir():
+    if existing(data_root, Path.is_dir) is None:
         raise TaskError(f"data root {data_root} is not a folder: give the folder of a mirror, or leave the option out")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias, get_args
 import yaml
 
 from tale_ray.errors import TaskError
+from tale_ray.paths import existing
 from tale_ray.tasks.templates import compile_template, half_character
 
 AnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex"]
@@ -136,7 +137,7 @@ def load_task(name_or_path: str) -> TaskSpec:
     if name_or_path in builtin_tasks():
         return _load_file(_FOLDER / f"{name_or_path}.yaml")
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or existing(name_or_path, Path.is_file):
         return _load_file(path)
     raise TaskError(
         f"task {name_or_path!r} is not known{_suggestion(name_or_path, builtin_tasks())}: "
