@@ -102,6 +102,25 @@ def test_a_missing_gguf_file(folder):
     [
         ({"architectures": ["BertForMaskedLM"]}, "its architecture is BertForMaskedLM, which writes no text"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "writes no text"),
+        ({"architectures": "BertForMaskedLM"}, "its architecture is BertForMaskedLM, which writes no text"),
+        ({"architectures": None, "model_type": "bert"}, "the family bert, an encoder: is_decoder is not set"),
+        *(
+            ({"architectures": [], "model_type": family}, f"the family {family}, an encoder")
+            for family in (
+                "roberta",
+                "xlm-roberta",
+                "electra",
+                "camembert",
+                "distilbert",
+                "albert",
+                "deberta-v2",
+                "mpnet",
+            )
+        ),
+        (
+            {"architectures": ["BertLMHeadModel"], "model_type": "bert", "is_decoder": False},
+            "the family bert, an encoder",
+        ),
         ({"is_encoder_decoder": True}, "it is an encoder-decoder"),
         ({"num_kv_shared_layers": 2}, "its layers share keys and values"),
         ({"hidden_size_per_layer_input": 16}, "feeds every layer an input of its own"),
@@ -118,6 +137,20 @@ def test_a_missing_gguf_file(folder):
 )
 def test_families_that_cannot_lose_layers(folder, fields, message):
     refused(change(folder, **fields), f"cannot be searched: .*{message}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": 5},
+        {"architectures": ["BertLMHeadModel"], "model_type": "bert", "is_decoder": True},
+        {"model_type": "modernbert-decoder-like"},
+        {"moe_layer_interval": "x"},
+    ],
+)
+def test_families_that_can(folder, fields):
+    check_model(section(change(folder, **fields)))
 
 
 def test_a_real_encoder_and_a_real_encoder_decoder(tmp_path):

@@ -33,6 +33,15 @@ _REFUSED_FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("longcat_flash", "deepseek_v4", "reformer"), _SHARED),
     "mllama": "its cross-attention layers need an image",
 }
+_ENCODERS = frozenset(  # those that can be made decoders read every token at once unless `is_decoder` is set
+    (
+        *("bert", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "ernie"),
+        *("albert", "distilbert", "deberta", "deberta-v2", "mpnet", "rembert", "roformer", "roc_bert", "convbert"),
+        *("data2vec-text", "megatron-bert", "mobilebert", "squeezebert", "nomic_bert", "modernbert", "eurobert"),
+        *("big_bird", "longformer", "funnel", "esm", "ibert", "luke", "mra", "nezha", "nystromformer", "qdqbert"),
+        *("xmod", "yoso", "fnet", "canine", "layoutlm"),
+    )
+)
 _NOT_DECODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -46,14 +55,16 @@ def refusal(fields: Mapping[str, Any]) -> str | None:
     """Return why a model with this configuration (the fields of config.json) cannot lose layers; None: it can."""
     text = text_fields(fields)
     family = str(text.get("model_type") or fields.get("model_type") or "")
-    architectures = fields.get("architectures") or ()
+    architectures = _texts(fields.get("architectures"))
     if fields.get("is_encoder_decoder"):
         return "it is an encoder-decoder; only decoder models are searched"
-    if architectures and not any(_writes_text(str(name)) for name in architectures):
+    if architectures and not any(_writes_text(name) for name in architectures):
         return (
-            f"its architecture is {', '.join(map(str, architectures))}, which writes no text; "
+            f"its architecture is {', '.join(architectures)}, which writes no text; "
             "only decoder models (…ForCausalLM) are searched"
         )
+    if family in _ENCODERS and not text.get("is_decoder"):
+        return f"it is of the family {family}, an encoder: is_decoder is not set; only decoder models are searched"
     for name in (family, str(fields.get("model_type") or "")):
         if name in _REFUSED_FAMILIES:
             return f"it is of the family {name}: {_REFUSED_FAMILIES[name]}"
@@ -66,8 +77,9 @@ def refusal(fields: Mapping[str, Any]) -> str | None:
         return _PER_LAYER
     if text.get("scale_attn_by_inverse_layer_idx"):
         return "it divides attention scores by the layer's number (scale_attn_by_inverse_layer_idx)"
-    if int(text.get("moe_layer_interval") or 1) > 1:
-        return f"{_POSITION} (moe_layer_interval {text['moe_layer_interval']})"
+    interval = text.get("moe_layer_interval")
+    if isinstance(interval, int) and interval > 1:
+        return f"{_POSITION} (moe_layer_interval {interval})"
     if "mamba" in _texts(text.get("layer_types")) + _texts(text.get("layers_block_type")):
         return _STATE_SPACE
     if text.get("use_bidirectional_attention"):
@@ -76,6 +88,8 @@ def refusal(fields: Mapping[str, Any]) -> str | None:
 
 
 def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
     return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
 
