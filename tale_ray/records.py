@@ -4,12 +4,12 @@ All are frozen, picklable and hold plain Python values only. Layers are numbered
 candidate is named by the layer whose removal it proposes; `None` stands for removing nothing further.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-from tale_ray.errors import TaskError
+from tale_ray.errors import ModelError, TaskError
 
 SplitName: TypeAlias = Literal["shots", "search", "select", "test", "finetune"]
 CandidateStatus: TypeAlias = Literal["exact", "bounded_out"]
@@ -58,6 +58,20 @@ class ModelInfo:
     load_seconds: float
     max_positions: int | None = None  # None: not limited by the model
     notes: tuple[str, ...] = ()  # what a user should know, e.g. "the tokenizer has no chat template"
+    num_embeddings: int | None = None  # tokens that have one; None: not known
+
+    def check_tokens(self, token_ids: Iterable[int]) -> None:
+        """Refuse a prompt with a token that the model has no embedding for.
+
+        Raises:
+            ModelError: names the token.
+        """
+        highest = max(token_ids)
+        if self.num_embeddings is not None and highest >= self.num_embeddings:
+            raise ModelError(
+                f"token {highest} is in a prompt, but the model embeds {self.num_embeddings} tokens, numbered 0 to "
+                f"{self.num_embeddings - 1}: use the tokenizer and the chat template that belong to the checkpoint"
+            )
 
     def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
         """Refuse a prompt that leaves no room for its reply.

@@ -96,10 +96,10 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer(size: int = VOCABULARY) -> Any:
     """A tokenizer of words t3 ... t96 (token n is the word tn) with padding 0, start 1 and end 2."""
     special = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    words = {**special, **{f"t{number}": number for number in range(3, VOCABULARY)}}
+    words = {**special, **{f"t{number}": number for number in range(3, size)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

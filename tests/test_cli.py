@@ -11,6 +11,7 @@ from typing import Any
 import pandas
 import pytest
 import yaml
+from families import tiny_tokenizer
 from folders import Material, command, show
 from folders import material_fixture as material_fixture
 
@@ -253,6 +254,18 @@ def test_other_prompts_are_refused_after_loading(material: Material, copy: Path)
 
 
 # A baseline of zero.
+
+
+def test_a_chat_template_that_writes_tokens_without_an_embedding(material: Material, tmp_path: Path) -> None:
+    model = shutil.copytree(material.model, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+    tokenizer.chat_template = "{% for message in messages %}<user> {{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    outcome = material.search(tmp_path / "run", "--model", model)
+    assert outcome.code == 2, outcome.err
+    assert "token 97 is in a prompt" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_a_baseline_of_zero(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

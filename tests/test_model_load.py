@@ -275,6 +275,24 @@ def test_weights_that_the_model_does_not_use_are_told(folder):
     assert notes[0].startswith("the checkpoint holds 9 weights that the model does not use, such as model.layers.3.")
 
 
+def test_a_tokenizer_of_another_model(folder):
+    tiny_tokenizer(VOCABULARY + 3).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"tokenizer of .* has 100 tokens and the model embeds 97: copy the tokenizer"):
+        load_model(section(folder), "float32")
+
+
+def test_a_token_without_an_embedding_matters_only_where_it_is_used(folder):
+    """Gemma 3 of 1B has the tokenizer of its larger siblings, with an image token that nothing writes."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    info = load_model(section(folder), "float32").info
+    assert info.num_embeddings == VOCABULARY
+    info.check_tokens((VOCABULARY - 1, 0))
+    with pytest.raises(ModelError, match=r"token 97 .* the model embeds 97 tokens, numbered 0 to 96"):
+        info.check_tokens((0, VOCABULARY))
+
+
 def test_weights_of_another_shape(folder):
     with pytest.raises(ModelError, match=r"model .* cannot be loaded \(.*\): check that"):
         load_model(section(change(folder, intermediate_size=64)), "float32")

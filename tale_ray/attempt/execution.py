@@ -27,9 +27,11 @@ def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo
 
     Raises:
         TaskError: the chat template rejects a prompt, or one is too long for the model.
+        ModelError: a prompt has a token that the model has no embedding for.
     """
     rows = {split: executor.encode(examples) for split, examples in prepared.examples.items()}
     for prompt_rows in rows.values():
+        info.check_tokens(token for row in prompt_rows for token in row.token_ids)
         info.check_length(max(len(row.token_ids) for row in prompt_rows), prepared.spec.max_new_tokens)
     return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
 

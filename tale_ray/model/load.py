@@ -72,6 +72,8 @@ def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedMo
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
     _check_placement(model, num_gpus)
+    num_embeddings = int(model.get_input_embeddings().weight.shape[0])
+    _check_vocabulary(section, tokenizer, num_embeddings)
     layers = find_layers(model)
     check_causal(model)
     info = ModelInfo(
@@ -83,6 +85,7 @@ def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedMo
         load_seconds=time.monotonic() - started,
         max_positions=max_positions(model),
         notes=_notes(model, loading),
+        num_embeddings=num_embeddings,
     )
     return LoadedModel(model, tokenizer, layers, info)
 
@@ -178,6 +181,15 @@ def _check_weights(section: ModelSection, loading: dict[str, Any]) -> None:
         raise ModelError(
             f"model {section.model} lacks weights that its configuration asks for: {missing[0]} "
             f"({len(missing)} missing); is num_hidden_layers in config.json right? copy the checkpoint again"
+        )
+
+
+def _check_vocabulary(section: ModelSection, tokenizer: Any, num_embeddings: int) -> None:
+    """Added tokens may be without an embedding as long as no prompt has them; see `ModelInfo.check_tokens`."""
+    if tokenizer.vocab_size > num_embeddings:
+        raise ModelError(
+            f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens and the model embeds "
+            f"{num_embeddings}: copy the tokenizer that belongs to the checkpoint"
         )
 
 
