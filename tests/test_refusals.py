@@ -239,11 +239,14 @@ def test_config_files(material: Material, tmp_path: Path, text: str) -> None:
 def test_run_folders_that_cannot_be_used(material: Material, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert_refused(material.search(run), str(run))
+        for dry in ([], ["--dry-run"]):
+            assert_refused(material.search(run, *dry), str(run))
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
-    assert_refused(material.search(other), "is not a run folder: it holds thesis.tex", "choose another --run")
+    for dry in ([], ["--dry-run"]):
+        outcome = material.search(other, *dry)
+        assert_refused(outcome, "is not a run folder: it holds thesis.tex", "choose another --run")
     assert_refused(material.search(other, "--resume", "never"), "is not empty and --resume never", "another --run")
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
     assert_refused(material.search("gopher://host/run"), "cannot be reached")
@@ -253,7 +256,8 @@ def test_run_folders_that_cannot_be_used(material: Material, tmp_path: Path) -> 
 def test_a_run_folder_without_permission(material: Material, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    assert_refused(material.search(locked / "run"), "cannot be written", "change its permissions")
+    for dry in ([], ["--dry-run"]):
+        assert_refused(material.search(locked / "run", *dry), "cannot be written", "change its permissions")
 
 
 @pytest.mark.parametrize("name", ["show", "resume", "evaluate"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -603,6 +604,20 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, run:
     with pytest.raises(StoreError, match=r"cannot be (written|read) .*(choose another --run|check the path)"):
         RunWriter.claim(str(tmp_path / run))
     assert RunReader(str(tmp_path / "file/run")).is_empty()
+
+
+def test_where_a_run_can_be_is_told_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name in ("folder", "new", "folder/new/newer"):
+        RunReader(str(tmp_path / name)).check_place()
+    for name in ("file", "file/run", "x" * 300):
+        with pytest.raises(StoreError, match=r"cannot be (read|written) "):
+            RunReader(str(tmp_path / name)).check_place()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "folder")
+    with pytest.raises(StoreError, match=r"cannot be written \(.*Permission denied.*change its permissions"):
+        RunReader(str(tmp_path / "folder" / "run")).check_place()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 def test_names_that_would_leave_the_folder_are_refused(tmp_path: Path) -> None:

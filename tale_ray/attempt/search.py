@@ -177,7 +177,7 @@ def run_name(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
 
 
 def _check_mode(reader: RunReader, config: SearchConfig, identity: Mapping[str, Any] | None) -> None:
-    """Refuse a folder that `--resume` does not allow, or that holds another run.
+    """Refuse a folder that `--resume` does not allow, that no run can begin in, or that holds another run.
 
     Raises:
         StoreError: names the folder, the rule and the remedy.
@@ -188,6 +188,7 @@ def _check_mode(reader: RunReader, config: SearchConfig, identity: Mapping[str, 
     if not reader.exists():
         if mode == "must":
             raise StoreError(f"{reader.uri} holds no run to go on with: check the path, or leave out --resume must")
+        reader.check_place()
         return
     if identity is not None and (lines := differences(reader.manifest().identity, identity)):
         raise StoreError(

@@ -142,10 +142,29 @@ class Files:
         Raises:
             StoreError: it cannot.
         """
-        try:
+        with self._writable():
             probe = f"{TEMPORARY}{self._token}-probe"
             self.put(probe, b"probe")
             self._system.delete_file(self.path(probe))
+
+    def check_place(self) -> None:
+        """Look whether the folder can be made and written to, without doing so; only local ones show it.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        if self._local is not None:
+            with self._writable():
+                there = next(folder for folder in (self._local, *self._local.parents) if folder.exists())
+                if not there.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+                if not os.access(there, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StoreError(
                 f"run {self.shown!r} cannot be written ({strip_credentials(str(error))}): "

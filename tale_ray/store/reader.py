@@ -44,6 +44,15 @@ class RunReader:
         """Return whether there is nothing at all here, or no folder; names that start with "_" or "." do not count."""
         return all(entry.ignored for entry in self._files.list())
 
+    def check_place(self) -> None:
+        """Look whether a run can begin here, as far as that shows without writing.
+
+        Raises:
+            StoreError: the folder cannot be written, or holds what is not ours.
+        """
+        layout.check_names(self._files)
+        self._files.check_place()
+
     def manifest(self) -> Manifest:
         """Return what the run is.
 
