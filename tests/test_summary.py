@@ -296,3 +296,13 @@ def test_a_value_of_another_type_in_a_file_is_named(
     with pytest.raises(StoreError, match=f"{run / file} was changed: .*(put back|delete)"):
         summarize(RunReader(str(run)))
     assert command("resume", run).code == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("epsilon", "much"), ("epsilon", None), ("max_removed", "few")])
+def test_a_changed_identity_is_another_configuration(finished: Path, tmp_path: Path, name: str, value: Any) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    content = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**content, "identity": {**content["identity"], name: value}}))
+    outcome = command("resume", run)
+    assert outcome.code == 2, outcome.err
+    assert f"{name}: the run has {json.dumps(value)}, asked for is" in outcome.err

@@ -44,10 +44,13 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
 
 
 def _continues(name: str, stored: Any, asked: Any) -> bool:
-    if name == "epsilon":
-        return Fraction(asked) >= Fraction(stored)  # exact, for 0.08 as for 2/25
-    if name == "max_removed":
-        return stored is not None and (asked is None or asked > stored)
+    try:
+        if name == "epsilon":
+            return Fraction(asked) >= Fraction(stored)  # exact, for 0.08 as for 2/25
+        if name == "max_removed":
+            return stored is not None and (asked is None or asked > stored)
+    except (TypeError, ValueError):  # the stored one was changed
+        return False
     return False
 
 
