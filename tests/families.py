@@ -8,9 +8,10 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tale_ray.engine.score import Scorer
 from tale_ray.model.layers import find_layers
 from tale_ray.model.load import LoadedModel, max_positions, neutral_generation
-from tale_ray.records import ModelInfo
+from tale_ray.records import ModelInfo, UnitResult
 
 VOCABULARY = 97
 WINDOW = 6  # shorter than the prompts
@@ -129,3 +130,10 @@ def tiny_prompts(count: int, seed: int = 0, shortest: int = 3, longest: int = 3 
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     lengths[0] = longest
     return [tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def score_unit(
+    loaded: LoadedModel, unit: Any, rows: Any, answer: Any, new_tokens: int, batch_bytes: int | None, worker: str
+) -> UnitResult:
+    """One unit by the plain path."""
+    return Scorer(loaded, batch_bytes, sweeps=False).score(unit, rows, answer, new_tokens, worker)

@@ -5,20 +5,21 @@ import sys
 
 import pytest
 import torch
-from families import tiny_loaded, tiny_prompts
+from families import score_unit, tiny_loaded, tiny_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import end_tokens, greedy_tokens, oracle_replies, oracle_search
 
-from tale_ray.engine import score
-from tale_ray.engine.budget import RowCost, batches, default_budget, row_cost
-from tale_ray.engine.score import score_unit
+from tale_ray.engine import view
+from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
 from tale_ray.errors import ConfigError, ModelError, TaskError
 from tale_ray.records import PromptRow, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 
 ANSWER = AnswerSpec(type="regex", pattern=r"(t\d+)")
-COST = RowCost(hidden_size=8, widest=16, cache_values=32, score_heads=0, vocabulary=100, value_bytes=4)
+COST = RowCost(
+    hidden_size=8, widest=16, layer_cache_values=8, num_layers=4, score_heads=0, vocabulary=100, value_bytes=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def unit(candidates=(None, 1), rows=(0, 1, 2), removed=()):
 
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 9), st.integers(40_000, 300_000))
 def test_batches_hold_every_row_once_within_the_budget(lengths, new_tokens, budget_bytes):
-    found = batches(lengths, new_tokens, budget_bytes, COST.row_bytes)
+    found = batches(lengths, budget_bytes, lambda tokens: COST.row_bytes(tokens, new_tokens))
     assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
     for batch in found:
         longest = max(lengths[row] for row in batch)
@@ -49,19 +50,18 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, new_tokens, budg
 
 def test_a_row_that_does_not_fit_is_refused_with_what_it_needs():
     needed = COST.row_bytes(40, 1)
-    assert batches([40, 2], 1, needed, COST.row_bytes) == [[0], [1]]
-    with pytest.raises(
-        ConfigError, match=rf"batch bytes {needed - 1} .*40 prompt tokens, 1 new\) needs {needed}; raise"
-    ):
-        batches([2, 40], 1, needed - 1, COST.row_bytes)
+    assert batches([40, 2], needed, lambda tokens: COST.row_bytes(tokens, 1)) == [[0], [1]]
+    with pytest.raises(ConfigError, match=rf"batch bytes {needed - 1} .*40 tokens\) needs {needed}; raise"):
+        batches([2, 40], needed - 1, lambda tokens: COST.row_bytes(tokens, 1))
 
 
 def test_the_cost_of_a_row_grows_with_its_tokens_and_with_decoding(loaded):
     cost = row_cost(loaded.model)
     assert (cost.hidden_size, cost.vocabulary, cost.value_bytes) == (32, 97, 4)
-    assert cost.cache_values == 2 * 2 * 8 * 4
+    assert (cost.layer_cache_values, cost.num_layers) == (2 * 2 * 8, 4)
     assert cost.row_bytes(10, 1) < cost.row_bytes(11, 1) < cost.row_bytes(11, 2) < cost.row_bytes(11, 3)
-    assert default_budget(torch.device("cpu")) == 256 * 2**20
+    assert make_budget(torch.device("cpu"), 77) == Budget(77, 77)
+    assert make_budget(torch.device("cpu"), None).batch == 32 * 2**20
 
 
 def test_results_follow_the_order_of_the_unit(loaded, rows):
@@ -187,9 +187,9 @@ def test_a_real_signal_inside_generate(rows):
 
 def test_scores_do_not_build_graphs(loaded, rows, monkeypatch):
     modes = []
-    original = score._next_tokens
+    original = view._next_tokens
     monkeypatch.setattr(
-        score, "_next_tokens", lambda *a: modes.append(torch.is_inference_mode_enabled()) or original(*a)
+        view, "_next_tokens", lambda *a: modes.append(torch.is_inference_mode_enabled()) or original(*a)
     )
     score_unit(loaded, unit(), rows, ANSWER, 1, None, "w")
     assert modes == [True, True]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_tiny, tiny_prompts, tiny_tokenizer
+from families import save_tiny, score_unit, tiny_prompts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.cluster.worker import Worker
 from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.engine.score import score_unit
+from tale_ray.engine.score import Scorer
 from tale_ray.errors import ConfigError, InfeasibleError, ModelError, TaskError
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
@@ -215,25 +215,26 @@ def test_a_local_worker_without_gpus_runs_on_the_cpu(folder: Path, monkeypatch: 
     assert executor.load().device == "cpu"
 
 
-@pytest.mark.parametrize("batch_bytes", [None, 256 * 2**20])
 def test_a_worker_out_of_gpu_memory_takes_smaller_batches(
-    folder: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, batch_bytes: int | None
+    folder: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 10 * 2**20
-    budgets: list[int | None] = []
+    budgets: list[int] = []
 
-    def scarce(*arguments: Any) -> UnitResult:
-        budgets.append(arguments[5])
-        if arguments[5] is None or arguments[5] > room:
+    original = Scorer.score
+    direct = score_unit(loaded, unit(1), QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+
+    def scarce(scorer: Scorer, *arguments: Any) -> UnitResult:
+        budgets.append(scorer.budget.total)
+        if scorer.budget.total > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return score_unit(*arguments)
+        return original(scorer, *arguments)
 
-    monkeypatch.setattr("tale_ray.cluster.worker.score_unit", scarce)
-    worker = Worker("one", ModelSection(model=str(folder)), "float32", ResourceSection(batch_bytes=batch_bytes))
+    monkeypatch.setattr(Scorer, "score", scarce)
+    worker = Worker("one", ModelSection(model=str(folder)), "float32", ResourceSection(batch_bytes=256 * 2**20))
     worker.share(QUESTIONS)
     result = worker.score(unit(1))
-    assert budgets == [batch_bytes, *(mebi * 2**20 for mebi in (128, 64, 32, 16, 8))]
-    direct = score_unit(loaded, unit(1), QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+    assert budgets == [mebi * 2**20 for mebi in (256, 128, 64, 32, 16, 8)]
     assert without_seconds(result) == without_seconds(direct)
     worker.score(unit(2))
     assert budgets[-1] == 8 * 2**20  # learned

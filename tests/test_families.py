@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny_loaded, tiny_prompts
+from families import FAMILIES, score_unit, tiny_loaded, tiny_prompts
 from oracles import end_tokens, greedy_tokens, next_logits, oracle_answers, rebuild
 
 from tale_ray.engine.budget import row_cost
-from tale_ray.engine.score import score_unit
 from tale_ray.model.layers import LayerStack, cut_config
 from tale_ray.records import PromptRow, WorkUnit
 from tale_ray.tasks.answers import is_correct, parse_answer

@@ -18,14 +18,13 @@ import pytest
 import torch
 import yaml
 from conftest import CLUSTER_CPUS, CLUSTER_GPUS
-from families import save_tiny, tiny_prompts
+from families import save_tiny, score_unit, tiny_prompts
 from simulation import MODEL, Table, examples
 
 from tale_ray.api import Run, make_config, search
 from tale_ray.attempt.search import run_search
 from tale_ray.cluster.actor import WorkerActor
 from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.engine.score import score_unit
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, PoisonUnit, WorkersLost
 from tale_ray.model.load import load_model
 from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit

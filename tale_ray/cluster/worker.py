@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 
 from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.engine.budget import default_budget
-from tale_ray.engine.score import score_unit
+from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
@@ -25,22 +24,30 @@ class Worker:
 
     def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._name = name
-        self._batch_bytes = resources.batch_bytes
         self._loaded: LoadedModel = load_model(section, dtype, resources.gpus_per_worker)
+        self._scorer = Scorer(self._loaded, resources.batch_bytes)
         self._questions: Questions | None = None
 
     @property
     def info(self) -> ModelInfo:
         """What is to be known of the model and of how it is asked."""
         info = self._loaded.info
-        return replace(info, notes=(*info.notes, *chat_notes(self._loaded.tokenizer)))
+        engine = (self._scorer.fit.note,) if self._scorer.fit.note else ()
+        return replace(info, notes=(*info.notes, *chat_notes(self._loaded.tokenizer), *engine))
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
-        """Return the examples as token ids."""
+        """Return the examples as token ids.
+
+        Raises:
+            TaskError: the chat template rejects a prompt.
+            ConfigError: not even one row fits into the batch budget.
+        """
         tokenizer = self._loaded.tokenizer
-        return tuple(
+        rows = tuple(
             PromptRow(token_ids=encode(tokenizer, example.messages), target=example.target) for example in examples
         )
+        self._scorer.check_budget(rows)
+        return rows
 
     def share(self, questions: Questions) -> None:
         """Take the questions that units refer to."""
@@ -55,28 +62,22 @@ class Worker:
         assert self._questions is not None, "questions are shared before units are submitted"
         while True:
             try:
-                return score_unit(
-                    self._loaded,
+                return self._scorer.score(
                     unit,
                     self._questions.rows[unit.split],
                     self._questions.answer,
                     self._questions.max_new_tokens,
-                    self._batch_bytes,
                     self._name,
                 )
             except torch.cuda.OutOfMemoryError:
                 pass  # the error holds the batch in its traceback: it is over before the memory is counted
             torch.cuda.empty_cache()
-            self._halve_budget()
-
-    def _halve_budget(self) -> None:
-        """Run half as many rows at once from now on; below one row the budget itself is refused."""
-        if self._batch_bytes is None:
-            self._batch_bytes = default_budget(self._loaded.model.device)
-        self._batch_bytes //= 2
-        logger.warning(
-            "%s is out of GPU memory; from now on a batch takes %.1f MiB at most", self._name, self._batch_bytes / 2**20
-        )
+            self._scorer.halve_budget()  # below one row the budget itself is refused
+            logger.warning(
+                "%s is out of GPU memory; from now on it works in %.1f MiB at most",
+                self._name,
+                self._scorer.budget.total / 2**20,
+            )
 
 
 def limit_threads(num_threads: int) -> None:

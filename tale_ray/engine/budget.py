@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from tale_ray.errors import ConfigError
 
-_CPU_BUDGET_BYTES = 256 * 2**20
+_CPU_BATCH_BYTES = 32 * 2**20  # larger ones leave the CPU's caches, and their memory is mapped anew for every product
+_CPU_SHARE = 8  # of the memory that is free
 _LOGIT_BYTES = 4  # soft-caps and argmax work in float32 in most families
 
 
@@ -18,7 +20,8 @@ class RowCost:
 
     hidden_size: int
     widest: int  # of a layer's inner products: MLP, experts of one token, or queries, keys and values
-    cache_values: int  # keys and values of one token in all layers
+    layer_cache_values: int  # keys and values of one token in one layer
+    num_layers: int
     score_heads: int  # attention heads whose T x T scores exist at once; 0 with fused attention
     vocabulary: int
     value_bytes: int  # of one number
@@ -29,10 +32,28 @@ class RowCost:
         Activations: num_tokens x (4 hidden sizes + 3 widest + heads x num_tokens) numbers. From the second new token
         on: keys and values of all tokens, twice, as growing a cache copies it. One row of logits.
         """
-        per_token = 4 * self.hidden_size + 3 * self.widest + self.score_heads * num_tokens
         cached_tokens = num_tokens + new_tokens if new_tokens > 1 else 0
-        numbers = num_tokens * per_token + 2 * cached_tokens * self.cache_values
-        return numbers * self.value_bytes + 2 * self.vocabulary * _LOGIT_BYTES
+        cache_values = cached_tokens * self.layer_cache_values * self.num_layers
+        numbers = num_tokens * self._per_token(num_tokens) + 2 * cache_values
+        return numbers * self.value_bytes + self.logit_bytes
+
+    def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
+        """Return the bytes of one row of a sweep: all its nodes at the widest layer, keys and values of that layer."""
+        seen = prefix_tokens + num_tokens
+        per_node = num_tokens * self._per_token(seen) + 2 * seen * self.layer_cache_values
+        return nodes * per_node * self.value_bytes + self.logit_bytes
+
+    def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
+        """Return the bytes of a prefix's keys and values at so many (layer, node) places."""
+        return places * prefix_tokens * self.layer_cache_values * self.value_bytes
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of one row of logits, with a copy."""
+        return 2 * self.vocabulary * _LOGIT_BYTES
+
+    def _per_token(self, seen_tokens: int) -> int:
+        return 4 * self.hidden_size + 3 * self.widest + self.score_heads * seen_tokens
 
 
 def row_cost(model: Any) -> RowCost:
@@ -57,47 +78,63 @@ def row_cost(model: Any) -> RowCost:
     return RowCost(
         hidden_size=hidden,
         widest=max(dense, routed, (heads + 2 * key_heads) * head_dim),
-        cache_values=2 * key_heads * head_dim * config.num_hidden_layers,
+        layer_cache_values=2 * key_heads * head_dim,
+        num_layers=config.num_hidden_layers,
         score_heads=heads if getattr(config, "_attn_implementation", None) == "eager" else 0,
         vocabulary=config.vocab_size,
         value_bytes=model.dtype.itemsize,
     )
 
 
-def default_budget(device: torch.device) -> int:
-    """Return the bytes that one micro-batch may take: half of a GPU's free memory; 256 MiB on CPU."""
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of working memory: in all, and of one micro-batch."""
+
+    total: int
+    batch: int
+
+    def after(self, held_bytes: int) -> int:
+        """Return what a micro-batch may take while so much is held."""
+        return min(self.batch, self.total - held_bytes)
+
+
+def make_budget(device: torch.device, batch_bytes: int | None) -> Budget:
+    """Return the budget asked for, or one that suits the device.
+
+    Half of a GPU's free memory; an eighth of the free memory of a CPU, in micro-batches of 32 MiB.
+    """
+    if batch_bytes is not None:
+        return Budget(batch_bytes, batch_bytes)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return _CPU_BUDGET_BYTES
+        free = int(torch.cuda.mem_get_info(device)[0]) // 2
+        return Budget(free, free)
+    return Budget(max(_CPU_BATCH_BYTES, psutil.virtual_memory().available // _CPU_SHARE), _CPU_BATCH_BYTES)
 
 
-def batches(
-    lengths: Sequence[int], new_tokens: int, budget_bytes: int, row_bytes: Callable[[int, int], int]
-) -> list[list[int]]:
+def batches(lengths: Sequence[int], budget_bytes: int, row_bytes: Callable[[int], int]) -> list[list[int]]:
     """Return micro-batches as lists of positions in `lengths`, together a permutation of them.
 
     Rows of similar length share a batch, the longest come first, so that memory that does not suffice shows at once.
-    A batch of b rows whose longest has T tokens costs b x row_bytes(T, new_tokens), which is within the budget.
+    A batch of b rows whose longest has T tokens costs b x row_bytes(T), which is within the budget.
 
     Args:
-        lengths: prompt tokens of each row.
-        new_tokens: at most so many are decoded per row.
+        lengths: tokens of each row.
         budget_bytes: of one micro-batch.
-        row_bytes: (prompt tokens, new tokens) -> bytes of one row, growing with the tokens; `RowCost.row_bytes`.
+        row_bytes: tokens -> bytes of one row, growing with the tokens.
 
     Raises:
         ConfigError: the longest row alone does not fit.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    if order and (needed := row_bytes(lengths[order[0]], new_tokens)) > budget_bytes:
+    if order and (needed := row_bytes(lengths[order[0]])) > budget_bytes:
         raise ConfigError(
-            f"batch bytes {budget_bytes} are too few: the longest row ({lengths[order[0]]} prompt tokens, "
-            f"{new_tokens} new) needs {needed}; raise --batch-bytes to at least that, or leave it out"
+            f"batch bytes {budget_bytes} are too few: the longest row ({lengths[order[0]]} tokens) needs {needed}; "
+            "raise --batch-bytes to at least that, or leave it out"
         )
     found: list[list[int]] = []
     start = 0
     while start < len(order):
-        room = budget_bytes // max(1, row_bytes(lengths[order[start]], new_tokens))
+        room = budget_bytes // max(1, row_bytes(lengths[order[start]]))
         found.append(order[start : start + room])
         start += room
     return found

@@ -1,204 +1,231 @@
-"""One unit of work scored the plain way: one candidate after another, rows in micro-batches.
+"""One unit of work scored: replies of every candidate on the unit's rows, read and compared with the targets.
 
-The model's own forward and `generate` do all the computing; what is ours is which layers are there, how rows are
-batched, and how replies are read. Axes in tensor names: b rows of a micro-batch, t tokens, d hidden size, v vocabulary.
+Replies of one token come from the sweep, which runs all candidates in one pass, where the model fits it; everything
+else takes the plain path. Both give the same tokens.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
-from tale_ray.engine.budget import RowCost, batches, default_budget, row_cost
-from tale_ray.errors import TaskError
+from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
+from tale_ray.engine.fit import Fit, fit_sweep
+from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.prefix import PrefixStates
+from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
+from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.view import view_tokens
+from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.tasks.answers import is_correct, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a model wrote after one prompt."""
+@dataclass(slots=True)
+class _Scored:
+    """What is known of one candidate: new tokens of each row, the end token included."""
 
-    text: str  # decoded without special tokens
-    num_tokens: int  # decoded, the end token included
+    tokens: dict[int, list[int]]
+    seconds: float
 
 
-def score_unit(
-    loaded: LoadedModel,
-    unit: WorkUnit,
-    rows: Sequence[PromptRow],
-    answer: AnswerSpec,
-    max_new_tokens: int,
-    batch_bytes: int | None,
-    worker: str,
-) -> UnitResult:
-    """Return the answers of every candidate of a unit on the unit's rows, by greedy decoding.
-
-    A pure function of model, unit, rows and answer, but for the seconds; the model is whole again afterwards, also
-    when an exception (a signal's, too) ends it halfway.
-
-    One layer application is one layer run on one row for one forward step. The first new token of a row takes one
-    step over its prompt, each later one, up to and including its end token, one more. So a candidate with L layers
-    applies L x (new tokens) layers for each row, whatever the micro-batches.
+class Scorer:
+    """Scores units on one loaded model, within a budget of memory.
 
     Args:
-        loaded: the model.
-        unit: which candidates and rows; candidate None is the model without `unit.removed` only.
-        rows: all rows of the unit's split; `unit.rows` are positions in it.
-        answer: how replies are read and compared.
-        max_new_tokens: at most so many are decoded per row.
-        batch_bytes: memory of one micro-batch; None: chosen from the device.
-        worker: name of who computes, kept in the result.
-
-    Raises:
-        ModelError: a layer cannot be removed.
-        ConfigError: not even one row fits into `batch_bytes`.
-        TaskError: a row has no tokens, or more than the model has positions.
+        loaded: the model. It is whole again after every unit, also when an exception (a signal's, too) ends it.
+        batch_bytes: of working memory; None: chosen from the device.
+        sweeps: False takes the plain path for everything.
     """
-    started = time.monotonic()
-    chosen = [rows[position] for position in unit.rows]
-    prompts = [row.token_ids for row in chosen]
-    if any(not prompt for prompt in prompts):
-        raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
-    loaded.info.check_length(max(map(len, prompts), default=0), max_new_tokens)
-    budget_bytes = batch_bytes if batch_bytes is not None else default_budget(loaded.model.device)
-    plan = _plan(prompts, max_new_tokens, budget_bytes, row_cost(loaded.model))
-    scored: list[CandidateAnswers] = []
-    layer_applications = 0
-    try:
+
+    def __init__(self, loaded: LoadedModel, batch_bytes: int | None = None, *, sweeps: bool = True) -> None:
+        self._loaded = loaded
+        self._cost: RowCost = row_cost(loaded.model)
+        self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
+        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
+        self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
+
+    def check_budget(self, rows: Sequence[PromptRow]) -> None:
+        """Refuse a budget too small for any of the rows.
+
+        Raises:
+            ConfigError: it is.
+        """
+        unit = WorkUnit(0, "", "search", (), (None,), ())
+        longest = max((len(row.token_ids) for row in rows), default=0)
+        if self._needed(self._plan((), (None,)), longest, 0) > self.budget.total:
+            raise self._too_small(unit, longest)
+
+    def halve_budget(self) -> None:
+        """Work in half the memory from now on, after the device had too little."""
+        self._prefixes.clear()
+        self.budget = Budget(self.budget.total // 2, self.budget.batch // 2)
+
+    def score(
+        self, unit: WorkUnit, rows: Sequence[PromptRow], answer: AnswerSpec, max_new_tokens: int, worker: str
+    ) -> UnitResult:
+        """Return the answers of every candidate of a unit on the unit's rows, by greedy decoding.
+
+        A pure function of model, unit, rows and answer, but for seconds and layer applications. One layer application
+        is one layer run on one row (or on a prefix that rows share) for one forward step: the first new token takes
+        one step over the prompt, each later one, up to and including the end token, one more.
+
+        Args:
+            unit: which candidates and rows; candidate None is the model without `unit.removed` only.
+            rows: all rows of the unit's split; `unit.rows` are positions in it.
+            answer: how replies are read and compared.
+            max_new_tokens: at most so many are decoded per row.
+            worker: name of who computes, kept in the result.
+
+        Raises:
+            ModelError: a layer cannot be removed.
+            ConfigError: not even one row fits into the budget.
+            TaskError: a row has no tokens, or more than the model has positions.
+        """
+        started = time.monotonic()
+        prompts = {row: rows[row].token_ids for row in unit.rows}
+        if not all(prompts.values()):
+            raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
+        self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
-            candidate_started = time.monotonic()
-            removed = unit.removed if layer is None else (*unit.removed, layer)
-            with loaded.layers.without(removed):
-                replies = _replies(loaded, prompts, plan, max_new_tokens)
-            num_layers = loaded.layers.num_layers - len(removed)
-            layer_applications += num_layers * sum(reply.num_tokens for reply in replies)
-            answers = tuple(_read(answer, reply.text, row.target) for reply, row in zip(replies, chosen, strict=True))
-            scored.append(CandidateAnswers(layer, answers, time.monotonic() - candidate_started))
-    finally:  # once more: a signal may have interrupted the tidying up itself
-        _free_head(loaded.model)
-        loaded.layers.restore()
-    return UnitResult(unit, tuple(scored), layer_applications, time.monotonic() - started, worker)
-
-
-def _plan(
-    prompts: Sequence[Sequence[int]], new_tokens: int, budget_bytes: int, cost: RowCost
-) -> tuple[tuple[int, ...], ...]:
-    lengths = [len(prompt) for prompt in prompts]
-    return tuple(tuple(batch) for batch in batches(lengths, new_tokens, budget_bytes, cost.row_bytes))
-
-
-@torch.inference_mode()
-def _replies(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], plan: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[Reply]:
-    """The model's reply to each prompt, in the order of the prompts."""
-    new_tokens: dict[int, list[int]] = {}
-    for batch in plan:
-        chosen = [prompts[row] for row in batch]
-        if max_new_tokens == 1:
-            found = [[token] for token in _next_tokens(loaded.model, chosen)]
+            self._loaded.layers.check_removal(final_node(unit.removed, layer))
+        if self.fit.sweep is not None and max_new_tokens == 1:
+            scored, layer_applications = self._swept(self.fit.sweep, unit, rows)
         else:
-            found = _generate(loaded.model, chosen, max_new_tokens)
-        new_tokens.update(zip(batch, found, strict=True))
-    return [
-        Reply(loaded.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens))
-        for _, tokens in sorted(new_tokens.items())
-    ]
+            scored, layer_applications = self._viewed(unit, rows, max_new_tokens)
+        answers = tuple(
+            CandidateAnswers(
+                layer,
+                tuple(self._read(answer, found.tokens[row], rows[row].target) for row in unit.rows),
+                found.seconds,
+            )
+            for layer, found in scored.items()
+        )
+        return UnitResult(unit, answers, layer_applications, time.monotonic() - started, worker)
 
+    def _read(self, answer: AnswerSpec, tokens: Sequence[int], target: str) -> RowAnswer:
+        reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        prediction = parse_answer(answer, reply)
+        return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
 
-def _next_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The most likely next token of each prompt.
+    # The plain path.
 
-    Padding is on the right and there is no mask: with causal attention no prompt token sees it. The head runs on
-    each row's last prompt token only.
-    """
-    longest = max(map(len, prompts))
-    # Any token pads; the prompt's own last one needs no check that it exists.
-    padded = [[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]
-    tokens_bt = torch.tensor(padded, device=model.device)
-    last_b = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    with _head_at(model, last_b):
-        logits_btv = model(input_ids=tokens_bt, use_cache=False).logits
-    if logits_btv.shape[1] > 1:  # a model whose head is not known runs it everywhere
-        logits_btv = logits_btv[torch.arange(len(prompts)), last_b, None]
-    return [int(token) for token in logits_btv[:, -1].argmax(-1)]
+    def _viewed(
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+    ) -> tuple[dict[int | None, _Scored], int]:
+        prompts = [rows[row].token_ids for row in unit.rows]
+        scored: dict[int | None, _Scored] = {}
+        layer_applications = 0
+        for layer in unit.candidates:
+            started = time.monotonic()
+            removed = final_node(unit.removed, layer)
+            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch)
+            layer_applications += (self._loaded.layers.num_layers - len(removed)) * sum(map(len, tokens))
+            scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
+        return scored, layer_applications
 
+    # The sweep.
 
-class _LastTokens:
-    """A pre-hook of the output embedding: it sees position `last_b` of each row only; soft-caps stay the model's."""
+    def _swept(self, sweep: Sweep, unit: WorkUnit, rows: Sequence[PromptRow]) -> tuple[dict[int | None, _Scored], int]:
+        before = sweep.layer_applications
+        started = time.monotonic()
+        scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
+        own = set(unit.rows)
+        for group in self._prompt_groups(rows):
+            if chosen := [row for row in group.rows if row in own]:
+                self._sweep_group(sweep, unit, group.prefix, {row: rows[row].token_ids for row in chosen}, scored)
+        seconds = time.monotonic() - started
+        for found in scored.values():
+            found.seconds = seconds / len(scored)
+        return scored, sweep.layer_applications - before
 
-    def __init__(self, last_b: torch.Tensor) -> None:
-        self.last_b = last_b
+    def _prompt_groups(self, rows: Sequence[PromptRow]) -> tuple[PromptGroup, ...]:
+        """Return how a split's rows share prefixes."""
+        if self._groups[0] is not rows:
+            prompts = [row.token_ids for row in rows]
+            everyone = range(len(rows))
+            groups = group_prompts(prompts, everyone) if self.fit.prefix else (PromptGroup((), tuple(everyone)),)
+            self._groups = (rows, groups)
+            self._prefixes.clear()
+        return self._groups[1]
 
-    def __call__(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_btd, *others = inputs
-        at = self.last_b.to(hidden_btd.device)
-        return (hidden_btd[torch.arange(len(at), device=at.device), at, None], *others)
+    def _sweep_group(
+        self,
+        sweep: Sweep,
+        unit: WorkUnit,
+        prefix: tuple[int, ...],
+        prompts: dict[int, tuple[int, ...]],
+        scored: dict[int | None, _Scored],
+    ) -> None:
+        """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
+        longest = max(map(len, prompts.values()))
+        blocks = self._blocks(unit, longest - len(prefix), len(prefix))
+        if blocks is None:  # not even for one candidate: keys and values of the prefix are computed with each row
+            prefix = ()
+            blocks = self._blocks(unit, longest, 0)
+        if blocks is None:
+            raise self._too_small(unit, longest)
+        order = list(prompts)
+        suffixes = [prompts[row][len(prefix) :] for row in order]
+        for candidates, steps in blocks:
+            finals = [final_node(unit.removed, layer) for layer in candidates]
+            held = self._cost.prefix_bytes(len(prefix), applications(steps))
+            states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
+            nodes, room = most_nodes(steps), self.budget.total - held
 
+            def row_bytes(tokens: int, nodes: int = nodes) -> int:
+                return self._cost.sweep_bytes(tokens, len(prefix), nodes)  # called before the next turn
 
-@contextmanager
-def _head_at(model: Any, last_b: torch.Tensor) -> Iterator[None]:
-    head = model.get_output_embeddings()
-    try:
-        if head is not None:
-            head.register_forward_pre_hook(_LastTokens(last_b))
-        yield
-    finally:
-        _free_head(model)
+            fitting = max(self.budget.after(held), min(room, row_bytes(max(map(len, suffixes)))))
+            for batch in batches([len(suffix) for suffix in suffixes], fitting, row_bytes):
+                head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
+                found = sweep.next_tokens(steps, finals, [suffixes[at] for at in batch], states, head_rows)
+                for layer, tokens in zip(candidates, found, strict=True):
+                    scored[layer].tokens.update((order[at], [token]) for at, token in zip(batch, tokens, strict=True))
 
+    def _blocks(
+        self, unit: WorkUnit, longest: int, prefix_tokens: int
+    ) -> list[tuple[tuple[int | None, ...], list[Step]]] | None:
+        """Return the fewest contiguous blocks of candidates, with their plans, that fit; None: one alone does not."""
+        size = len(unit.candidates)
+        while size:
+            blocks = [unit.candidates[start : start + size] for start in range(0, len(unit.candidates), size)]
+            planned = [(block, self._plan(unit.removed, block)) for block in blocks]
+            if all(self._needed(steps, longest, prefix_tokens) <= self.budget.total for _, steps in planned):
+                return planned
+            size = size // 2
+        return None
 
-def _free_head(model: Any) -> None:
-    """Take our hooks off; not by their handle, which an exception from a signal could have kept us from getting."""
-    head = model.get_output_embeddings()
-    hooks = head._forward_pre_hooks if head is not None else {}
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
-        del hooks[key]
+    def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
+        return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
 
+    def _needed(self, steps: Sequence[Step], longest: int, prefix_tokens: int) -> int:
+        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values."""
+        held = self._cost.prefix_bytes(prefix_tokens, applications(steps))
+        nodes = most_nodes(steps)
+        at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
+        return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
-def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """The new tokens of each prompt by greedy decoding with a KV cache, the end token included where there is one."""
-    neutral = model.generation_config
-    end, pad = neutral.eos_token_id, neutral.pad_token_id
-    longest = max(map(len, prompts))
-    padded = [[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts]
-    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    written_bt = model.generate(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(real, device=model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=_has_attention(model),
-            eos_token_id=end,
-            pad_token_id=pad,
-            bos_token_id=neutral.bos_token_id,
-        ),
-    )
-    ends = set(end) if isinstance(end, list) else {end}
-    return [_until_end(tokens[longest:], ends) for tokens in written_bt.tolist()]
+    def _too_small(self, unit: WorkUnit, longest: int) -> ConfigError:
+        needed = max(self._needed(self._plan(unit.removed, [layer]), longest, 0) for layer in unit.candidates)
+        return ConfigError(
+            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens) needs {needed} for one "
+            "candidate; raise --batch-bytes to at least that, or leave it out"
+        )
 
-
-def _has_attention(model: Any) -> bool:
-    """Whether any layer left has attention: the cache of a hybrid model does not know its length without one."""
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    return kinds is None or any("attention" in kind and kind != "linear_attention" for kind in kinds)
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: position + 1]
-    return tokens
-
-
-def _read(answer: AnswerSpec, reply: str, target: str) -> RowAnswer:
-    prediction = parse_answer(answer, reply)
-    return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+    def _prefix_states(
+        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], held: int, *, is_only: bool
+    ) -> PrefixStates:
+        """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept."""
+        places = {(layer, node) for layer, step in enumerate(steps) for node in step.runs}
+        states = self._prefixes.get(prefix)
+        if states is None:
+            if held * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
+                self._prefixes.clear()
+            states = self._prefixes[prefix] = PrefixStates(len(prefix))
+        states.keep(places)
+        if missing := {place for place in places if place not in states}:
+            sweep.run_prefix(states, prefix, missing)
+        return states

@@ -1,6 +1,6 @@
 """The layers of a loaded decoder, and the model without some of them. Knows nothing of candidates, rows or scores."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from tale_ray.model.support import refusal
 
 __all__ = ["LayerStack", "check_config", "cut_config", "find_layers"]
 
+_ABSENT = object()
 _NUMBER_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")  # by which a module finds its slot in the KV cache
 
 
@@ -100,6 +101,14 @@ class LayerStack:
                         "removing layers from this family is not supported"
                     )
 
+    def check_removal(self, removed: Collection[int]) -> None:
+        """Refuse layers that cannot be removed together.
+
+        Raises:
+            ModelError: a layer does not exist, or none would be left.
+        """
+        kept_layers(removed, self.num_layers)
+
     @contextmanager
     def without(self, removed: Collection[int]) -> Iterator[None]:
         """Within the context the model is the one without the layers `removed`; afterwards it is as before.
@@ -123,14 +132,35 @@ class LayerStack:
         finally:
             self.restore()
 
+    @contextmanager
+    def forwarding(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Within the context layer k runs `forwards[k]` instead of its own forward. One context at a time.
+
+        Raises:
+            ModelError: another context is open.
+        """
+        if self._undo:
+            raise ModelError("layers are changed already: leave the first context before entering another")
+        try:
+            for layer, forward in zip(self.full, forwards, strict=True):
+                entries = vars(layer)
+                self._undo.append((entries, "forward", entries.get("forward", _ABSENT)))
+                entries["forward"] = forward
+            yield
+        finally:
+            self.restore()
+
     def restore(self) -> None:
-        """Put the full model back. `without` does so itself; calling it again does no harm.
+        """Put the full model back. The contexts do so themselves; calling it again does no harm.
 
         It is for those whom a signal may interrupt between two steps of entering or leaving the context.
         """
         while self._undo:
             entries, name, value = self._undo[-1]
-            entries[name] = value
+            if value is _ABSENT:
+                entries.pop(name, None)
+            else:
+                entries[name] = value
             self._undo.pop()
 
     def _changes(self, kept: tuple[int, ...]) -> list[tuple[dict[str, Any], str, Any]]:

@@ -1,0 +1,93 @@
+"""Whether a model fits the sweep: a few rows, scored both ways, must agree before anything is trusted to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from tale_ray.engine.prefix import PrefixStates
+from tale_ray.engine.streams import final_node, plan_sweep
+from tale_ray.engine.sweep import Sweep
+from tale_ray.errors import Interrupted
+from tale_ray.model.load import LoadedModel
+
+_PREFIX = 3  # tokens
+_LENGTHS = (5, 2, 4)  # of the rows after it
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit
+_COARSE = 5e-2  # of 16-bit numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The sweep over a model, or None; whether prefixes may be shared; and in words what had to be given up."""
+
+    sweep: Sweep | None
+    prefix: bool
+    note: str
+
+
+def fit_sweep(loaded: LoadedModel) -> Fit:
+    """Return the fastest sweep whose logits are those of the plain path on a few rows of the model's own tokens."""
+    rows = _rows(loaded)
+    reasons: list[str] = []
+    truths: dict[tuple[int, ...], torch.Tensor] = {}
+    for prefix, narrow in product((True, False), (True, False)):
+        try:
+            sweep = Sweep(loaded, narrow=narrow)
+            difference = _difference(loaded, sweep, rows, truths, shares_prefix=prefix)
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever an unknown family's code makes of it: there is another way
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        if difference <= _TOLERANCE.get(loaded.model.dtype, _COARSE):
+            given_up = ["shared prefixes"] * (not prefix) + ["narrow last layers"] * (not narrow)
+            return Fit(sweep, prefix, f"sweeps go without {' and '.join(given_up)}: {reasons[0]}" if given_up else "")
+        reasons.append(f"its logits differ by {difference:.1e} of the largest")
+    return Fit(None, False, f"candidates are scored one after another, as the sweep does not fit: {reasons[-1]}")
+
+
+def _rows(loaded: LoadedModel) -> list[list[int]]:
+    """Return rows of arbitrary tokens that share a prefix."""
+    generator = torch.Generator().manual_seed(0)
+    size = min(loaded.model.get_input_embeddings().num_embeddings, 1000)
+    prefix = torch.randint(size, (_PREFIX,), generator=generator).tolist()
+    return [[*prefix, *torch.randint(size, (length,), generator=generator).tolist()] for length in _LENGTHS]
+
+
+def _difference(
+    loaded: LoadedModel,
+    sweep: Sweep,
+    rows: Sequence[Sequence[int]],
+    truths: dict[tuple[int, ...], torch.Tensor],
+    *,
+    shares_prefix: bool,
+) -> float:
+    """Return how far the sweep's logits are from the plain path's, as a share of the largest logit."""
+    total = loaded.layers.num_layers
+    removed = (total // 2,) if total > 2 else ()
+    candidates = [None, *(layer for layer in sorted({0, total - 1}) if total > len(removed) + 1)]
+    finals = [final_node(removed, layer) for layer in candidates]
+    for node in finals:
+        if node not in truths:
+            truths[node] = _plain_logits(loaded, node, rows)
+    steps = plan_sweep(total, finals)
+    states = None
+    if shares_prefix:
+        states = PrefixStates(_PREFIX)
+        sweep.run_prefix(states, rows[0][:_PREFIX], {(at, node) for at, step in enumerate(steps) for node in step.runs})
+        rows = [row[_PREFIX:] for row in rows]
+    logits_nbv = sweep.next_logits(steps, finals, rows, states).float()
+    truth_nbv = torch.stack([truths[node] for node in finals])
+    return float((logits_nbv - truth_nbv).abs().max() / truth_nbv.abs().max().clamp(min=1e-6))
+
+
+@torch.inference_mode()
+def _plain_logits(loaded: LoadedModel, removed: Sequence[int], rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    with loaded.layers.without(removed):
+        logits = [
+            loaded.model(input_ids=torch.tensor([row], device=loaded.model.device), use_cache=False).logits[0, -1]
+            for row in rows
+        ]
+    return torch.stack(logits).float()

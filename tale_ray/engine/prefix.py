@@ -1,0 +1,110 @@
+"""Keys and values of the prompt prefix that rows share, for every layer and node of a sweep."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from tale_ray.engine.streams import Node
+
+_Slices = list[tuple[torch.Tensor, int]]  # (stacked along axis 0, position)
+
+
+def stack(slices: _Slices) -> torch.Tensor:
+    """Return the slices stacked along axis 0; without a copy where they lie side by side in one tensor."""
+    runs: list[tuple[torch.Tensor, int, int]] = []
+    for tensor, position in slices:
+        if runs and runs[-1][0] is tensor and runs[-1][2] == position:
+            runs[-1] = (tensor, runs[-1][1], position + 1)
+        else:
+            runs.append((tensor, position, position + 1))
+    parts = [tensor[start:end] for tensor, start, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+
+
+class PrefixStates:
+    """The keys and values (k heads, p tokens, h head size) of one prefix, by layer and node."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self._found: dict[tuple[int, Node], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._stacked: dict[int, tuple[tuple[Node, ...], torch.Tensor, torch.Tensor]] = {}
+
+    def __contains__(self, place: tuple[int, Node]) -> bool:
+        return place in self._found
+
+    def add(self, layer: int, nodes: Sequence[Node], keys_nkph: torch.Tensor, values_nkph: torch.Tensor) -> None:
+        """Remember what a layer computed for some nodes."""
+        for position, node in enumerate(nodes):
+            self._found[layer, node] = (keys_nkph, values_nkph, position)
+
+    def get(self, layer: int, nodes: tuple[Node, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of some nodes, stacked in their order."""
+        stacked = self._stacked.get(layer)
+        if stacked is None or stacked[0] != nodes:
+            found = [self._found[layer, node] for node in nodes]
+            keys = stack([(keys, position) for keys, _, position in found])
+            values = stack([(values, position) for _, values, position in found])
+            stacked = self._stacked[layer] = (nodes, keys, values)
+        return stacked[1], stacked[2]
+
+    def keep(self, places: Collection[tuple[int, Node]]) -> None:
+        """Forget all other (layer, node) places."""
+        if self._found.keys() - places:
+            self._stacked.clear()
+            self._found = {place: found for place, found in self._found.items() if place in places}
+
+
+class SweepCache(Cache):  # type: ignore[misc]  # transformers has no types
+    """What attention sees as its cache during a sweep: it writes the prefix's states, or reads them for every row.
+
+    It reports the same length for every layer, as layers that are removed never tell theirs.
+    """
+
+    def __init__(self, prefix: PrefixStates, *, writes: bool) -> None:
+        super().__init__(layers=[])
+        self._prefix = prefix
+        self._writes = writes
+        self._length = 0 if writes else prefix.num_tokens
+        self.layer = 0  # that runs, and on which nodes
+        self.nodes: tuple[Node, ...] = ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values (nodes x rows, heads, tokens, size) with the prefix's before them."""
+        del layer_idx
+        if self._writes:
+            self._prefix.add(self.layer, self.nodes, key_states, value_states)
+            return key_states, value_states
+        keys, values = self._prefix.get(self.layer, self.nodes)
+        return self._after(keys, key_states), self._after(values, value_states)
+
+    def _after(self, prefix_nkph: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        num_nodes, num_tokens = len(self.nodes), prefix_nkph.shape[2]
+        joined = own.new_empty(own.shape[0], own.shape[1], num_tokens + own.shape[2], own.shape[3])
+        by_node = joined.view(num_nodes, -1, *joined.shape[1:])
+        by_node[:, :, :, :num_tokens] = prefix_nkph.unsqueeze(1)
+        joined[:, :, num_tokens:] = own
+        return joined
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens before the rows' own."""
+        del layer_idx
+        return self._length
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Return how many keys there are, and the position of the first."""
+        del layer_idx
+        return self._length + int(query_length), 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Nothing is ever dropped: windows are the mask's."""
+        return [False]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Shapes change from call to call."""
+        return False
