@@ -22,6 +22,7 @@ class Table:
     seed: int
     num_layers: int = 6
     ease: float = 0.8
+    row_seconds: float = 0.01  # that a candidate takes
 
     def correct(self, row: int, removed: Collection[int]) -> bool:
         key = f"{self.seed}:{row}:{sorted(removed)}"
@@ -38,7 +39,7 @@ class Table:
             CandidateAnswers(
                 layer=layer,
                 answers=tuple(self.answer(row, removed_by(unit, layer)) for row in unit.rows),
-                seconds=0.01 * len(unit.rows),
+                seconds=self.row_seconds * len(unit.rows),
             )
             for layer in unit.candidates
         )

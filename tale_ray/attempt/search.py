@@ -156,6 +156,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             pool=Pool(executor, interruption),
             writer=writer,
             loaded_at=loaded_at,
+            exhaustive=config.strategy.exhaustive,
         )
         with _ending(writer, driver):
             yield from driver.run()

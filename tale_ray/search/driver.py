@@ -21,9 +21,10 @@ from tale_ray.store.layout import round_scope
 from tale_ray.store.run import RunWriter
 from tale_ray.store.tables import AnswerSheet
 
-UNIT_SECONDS = 2.0  # what a kill may cost: about this much work per worker
-UNIT_ROWS = 32  # enough rows for a batch
-UNITS_PER_ROUND = 16  # at least, so that workers finish a round together
+UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
+LEAST_UNIT_SECONDS = 0.2  # less is not worth a file
+UNITS_PER_ROUND = 16  # so that candidates that cannot win are left out early, and workers finish a round together
+UNITS_PER_WORKER = 2  # at least, if need be by sharing out the candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +69,20 @@ def held_out_scope(number: int) -> str:
     return f"test-{number:04d}"
 
 
-def unit_shape(scoring: Scoring, row_seconds: float | None) -> UnitShape:
+def unit_shape(scoring: Scoring, row_seconds: float | None, num_workers: int = 1) -> UnitShape:
     """Return how large units are, from the seconds that one row took in round 0 (None before that).
 
-    They take about `UNIT_SECONDS`, and are small enough that a round has at least `UNITS_PER_ROUND` of them.
+    A unit holds all candidates, as they share what they have in common, and about a sixteenth of the rows: more where
+    that takes less than `LEAST_UNIT_SECONDS`, fewer where it takes more than `UNIT_SECONDS`, if all candidates take
+    half of what they would alone. Where there are too few rows for all workers, the candidates are shared out.
     """
-    cells = len(scoring.candidates) * scoring.num_rows
-    cells_per_unit = math.ceil(cells / UNITS_PER_ROUND)
+    rows = math.ceil(scoring.num_rows / UNITS_PER_ROUND)
     if row_seconds:
-        cells_per_unit = min(cells_per_unit, max(1, int(UNIT_SECONDS / row_seconds)))
-    rows = min(UNIT_ROWS, cells_per_unit, scoring.num_rows)
-    return UnitShape(rows=rows, candidates=max(1, cells_per_unit // rows))
+        sweep_seconds = row_seconds * max(1.0, len(scoring.candidates) / 2)
+        rows = min(max(rows, int(LEAST_UNIT_SECONDS / sweep_seconds)), max(1, int(UNIT_SECONDS / sweep_seconds)))
+    rows = min(rows, math.ceil(scoring.num_rows / min(num_workers * UNITS_PER_WORKER, scoring.num_rows)))
+    shares = math.ceil(num_workers * UNITS_PER_WORKER / math.ceil(scoring.num_rows / rows))
+    return UnitShape(rows=rows, candidates=math.ceil(len(scoring.candidates) / shares))
 
 
 def picked_rounds(history: History) -> dict[int, Round]:
@@ -109,6 +113,7 @@ class Driver:
         pool: Pool,
         writer: RunWriter,
         loaded_at: float,
+        exhaustive: bool = False,
     ) -> None:
         self.history = history
         self._strategy = strategy
@@ -117,6 +122,7 @@ class Driver:
         self._pool = pool
         self._writer = writer
         self._loaded_at = loaded_at  # time.monotonic() when the first worker had loaded the model
+        self._exhaustive = exhaustive
         self.retries = 0
         self.wasted_rows = 0
 
@@ -142,13 +148,35 @@ class Driver:
 
     def _round(self, removed: tuple[int, ...], candidates: tuple[int | None, ...]) -> Iterator[SearchEvent]:
         number = len(self.history.rounds)
-        scoring = Scoring(round_scope(number), "search", removed, candidates, len(self._examples["search"]))
+        floor = None if number == 0 or self._exhaustive else self._strategy.race_floor(self.history)
+        scoring = Scoring(
+            scope=round_scope(number),
+            split="search",
+            removed=removed,
+            candidates=candidates,
+            num_rows=len(self._examples["search"]),
+            floor=floor,
+            row_order=None if floor is None else self._row_order(),
+        )
         scheduler = yield from self._score(scoring)
         finished = self._decide(number, removed, scheduler.scores())
         work = scheduler.work if number else replace(scheduler.work, candidate_rows=0)
         self._store_round(finished, work, scheduler)
         self.history = self.history.with_round(finished)
         yield RoundFinished(finished, self.history)
+
+    def _row_order(self) -> tuple[int, ...]:
+        """Return the search rows, those first that most of the committed models answered wrong.
+
+        Those that all get wrong tell nothing apart, but they use up what a candidate may miss, so that the first row
+        that only a bad one misses puts it out.
+        """
+        sheets = [self._writer.reader.answers(round_scope(entry.number)) for entry in self.history.rounds]
+        wrong = [0] * len(self._examples["search"])
+        for sheet in sheets:
+            for row, answer in enumerate(sheet.answers if sheet else ()):
+                wrong[row] += not answer.correct
+        return tuple(sorted(range(len(wrong)), key=lambda row: (-wrong[row], row)))
 
     def _decide(self, number: int, removed: tuple[int, ...], scores: tuple[CandidateScore, ...]) -> Round:
         if number == 0:
@@ -214,7 +242,7 @@ class Driver:
 
     def _score(self, scoring: Scoring) -> Generator[SearchEvent, None, Scheduler]:
         known = self._writer.reader.unit_results(scoring.scope)
-        shape = unit_shape(scoring, self._row_seconds())
+        shape = unit_shape(scoring, self._row_seconds(), max(1, len(self._pool.workers)))
         scheduler = Scheduler(scoring, shape, known, self._pool.workers)
         yield ScoringStarted(scoring, self.history, scheduler.done_cells, scheduler.total_cells)
         try:

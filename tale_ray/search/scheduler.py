@@ -1,18 +1,20 @@
 """Which worker does what: a pure state machine, events in, instructions out. No clock, no I/O, no threads.
 
-One scheduler lives for one *scoring*: some candidates on all rows of one split. It cuts what is missing into units,
-keeps every worker busy with a unit and one more in its queue, gives a failed unit to another worker, and sums up the
-answers. Sums over sets of (candidate, row) cells do not depend on the order in which they arrive, so neither does
-any decision.
+One scheduler lives for one *scoring*: some candidates on the rows of one split. It cuts what is missing into units,
+keeps every worker busy with a unit and one more in its queue, gives a failed unit to another worker, sums up the
+answers, and leaves out candidates that cannot win any more. Sums over sets of (candidate, row) cells do not depend on
+the order in which they arrive, so neither does any decision.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TypeAlias, TypeVar
 
 from tale_ray.records import CandidateScore, RowAnswer, SplitName, UnitResult, Work, WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.search.race import Standing, still_racing
 
 _Item = TypeVar("_Item")
 
@@ -22,13 +24,18 @@ MAX_TRIES = 4
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What is to be known: how many of the rows each candidate answers correctly."""
+    """What is to be known: how many of the rows each candidate answers correctly.
+
+    With a `floor` the candidates race: only those that can win, or reach the floor, are scored to the end.
+    """
 
     scope: str
     split: SplitName
     removed: tuple[int, ...]
     candidates: tuple[int | None, ...]
     num_rows: int
+    floor: Fraction | None = None
+    row_order: tuple[int, ...] | None = None  # the rows that tell most come first; None: as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +119,13 @@ class Scheduler:
         self.work = Work()  # durable units, those of earlier attempts included
         self.retries = 0
         self.wasted_rows = 0
+        self._shape = shape
+        self._next_number = 0
+        self._busy: dict[str, dict[int, _Pending]] = {worker: {} for worker in workers}  # in order of submission
         for result in known:
             self._count(result)
-        self._pending = deque(_Pending(unit) for unit in self._cut(shape))
-        self._busy: dict[str, dict[int, _Pending]] = {worker: {} for worker in workers}  # in order of submission
+        self._racing = self._still_racing()
+        self._pending = deque(_Pending(unit) for unit in self._cut())
 
     # What is known.
 
@@ -126,13 +136,14 @@ class Scheduler:
 
     @property
     def done_cells(self) -> int:
-        """Number of (candidate, row) pairs that are known."""
-        return self._done
+        """Number of (candidate, row) pairs that are known, or need not be known any more."""
+        out = (tally for candidate, tally in self._tallies.items() if candidate not in self._racing)
+        return self._done + sum(self.scoring.num_rows - len(tally.answers) for tally in out)
 
     @property
     def finished(self) -> bool:
-        """Every candidate is scored on every row."""
-        return self.done_cells == self.total_cells
+        """Every candidate is scored on every row, or cannot win any more, and no unit is under way."""
+        return self.done_cells == self.total_cells and not any(self._busy.values())
 
     def scores(self) -> tuple[CandidateScore, ...]:
         """Return the candidates' scores so far, in the scoring's order."""
@@ -175,6 +186,7 @@ class Scheduler:
                     self.wasted_rows += result.unit.candidate_rows
                     return []
                 self._count(result)
+                self._race()
                 return [Keep(result), *self._fill()]
 
     def _count(self, result: UnitResult) -> None:
@@ -188,6 +200,28 @@ class Scheduler:
             self._done += new_cells
             self.wasted_rows += len(unit.rows) - new_cells
         self.work += Work(units=1, candidate_rows=unit.candidate_rows, layer_applications=result.layer_applications)
+
+    def _still_racing(self) -> frozenset[int | None]:
+        """Return the candidates that must be scored to the end."""
+        if self.scoring.floor is None:
+            return frozenset(self._tallies)
+        standings = (
+            Standing(candidate, tally.correct, len(tally.answers))
+            for candidate, tally in self._tallies.items()
+            if candidate is not None
+        )
+        return frozenset(still_racing(standings, self.scoring.num_rows, self.scoring.floor))
+
+    def _race(self) -> None:
+        """Leave out candidates that cannot win any more; take back those that may, once nobody reaches the floor."""
+        racing = self._still_racing()
+        returned = racing - self._racing
+        self._racing = racing
+        if returned:
+            tried = {pending.unit.rows: pending for pending in self._pending if pending.tries}
+            self._pending = deque(
+                replace(tried[unit.rows], unit=unit) if unit.rows in tried else _Pending(unit) for unit in self._cut()
+            )
 
     def _lose(self, worker: str, reason: str) -> Iterator[Instruction]:
         """Requeue all units of a worker. Only the oldest was running, so only that one is suspected and charged."""
@@ -217,33 +251,41 @@ class Scheduler:
 
     def _take(self, worker: str) -> _Pending | None:
         """Return the next unit for a worker: not one that just failed there, unless there is no other worker."""
-        for pending in self._pending:
-            if pending.last_worker != worker or len(self._busy) == 1:
-                self._pending.remove(pending)
-                return pending
+        for pending in list(self._pending):
+            if pending.last_worker == worker and len(self._busy) > 1:
+                continue
+            self._pending.remove(pending)
+            if candidates := tuple(each for each in pending.unit.candidates if each in self._racing):
+                return replace(pending, unit=replace(pending.unit, candidates=candidates))
         return None
 
     # How work is cut.
 
-    def _cut(self, shape: UnitShape) -> Iterator[WorkUnit]:
+    def _cut(self) -> Iterator[WorkUnit]:
         """Cut the missing cells into units; candidates that miss the same rows of a block share a unit."""
-        number = 0
-        for block in _blocks(range(self.scoring.num_rows), shape.rows):
+        units = [pending.unit for busy in self._busy.values() for pending in busy.values()]
+        under_way = {(candidate, row) for unit in units for candidate in unit.candidates for row in unit.rows}
+        order = self.scoring.row_order or range(self.scoring.num_rows)
+        for block in _blocks(order, self._shape.rows):
             groups: dict[tuple[int, ...], list[int | None]] = {}
             for candidate, tally in self._tallies.items():
-                if missing := tuple(row for row in block if row not in tally.answers):
+                if candidate in self._racing and (
+                    missing := tuple(
+                        row for row in block if row not in tally.answers and (candidate, row) not in under_way
+                    )
+                ):
                     groups.setdefault(missing, []).append(candidate)
             for rows, candidates in groups.items():
-                for chunk in _blocks(candidates, shape.candidates):
+                for chunk in _blocks(candidates, self._shape.candidates):
                     yield WorkUnit(
-                        number=number,
+                        number=self._next_number,
                         scope=self.scoring.scope,
                         split=self.scoring.split,
                         removed=self.scoring.removed,
                         candidates=tuple(chunk),
                         rows=rows,
                     )
-                    number += 1
+                    self._next_number += 1
 
 
 def _blocks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:

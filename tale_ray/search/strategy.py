@@ -29,6 +29,14 @@ class Strategy(Protocol):
         """Return the layers whose removal the next round scores, or why there is no next round."""
         ...
 
+    def race_floor(self, history: History) -> Fraction | None:
+        """Return the number of correct rows that a candidate needs to be of interest if it is not the best.
+
+        None: `decide` needs every candidate scored on all rows. Otherwise it gets the best exactly, and of the
+        others what was known when they were out.
+        """
+        ...
+
     def decide(self, history: History, scores: Sequence[CandidateScore]) -> Decision:
         """Return the winner among the scores of the proposed candidates."""
         ...
@@ -61,6 +69,10 @@ class Tale:
         exact = [score for score in scores if score.status == "exact" and score.layer is not None]
         winner = max(exact, key=lambda score: (score.correct, -(score.layer or 0)))
         return Decision(winner=winner, accepted=self._reaches_floor(history, winner.correct))
+
+    def race_floor(self, history: History) -> Fraction:
+        """Return the floor: a candidate below it can only win a round that is rejected."""
+        return self.floor(history)
 
     def floor(self, history: History) -> Fraction:
         """Return the number of correct rows below which a winner is rejected (not rounded)."""
