@@ -22,9 +22,9 @@ from folders import Material, command, show
 from folders import material_fixture as material_fixture
 
 import tale_ray.cluster.worker
-from tale_ray.search import driver as driver_module
 from tale_ray.cli import main
 from tale_ray.errors import Interrupted
+from tale_ray.search import driver as driver_module
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter

@@ -53,10 +53,9 @@ class Scorer:
         Raises:
             ConfigError: it is.
         """
-        unit = WorkUnit(0, "", "search", (), (None,), ())
-        longest = max((len(row.token_ids) for row in rows), default=0)
-        if self._needed(self._plan((), (None,)), longest, 0) > self.budget.total:
-            raise self._too_small(unit, longest)
+        for group in self._prompt_groups(rows):
+            longest = max(len(rows[row].token_ids) for row in group.rows)
+            self._blocks((), (None,), longest, len(group.prefix))
 
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
@@ -161,12 +160,8 @@ class Scorer:
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
         longest = max(map(len, prompts.values()))
-        blocks = self._blocks(unit, longest - len(prefix), len(prefix))
-        if blocks is None:  # not even for one candidate: keys and values of the prefix are computed with each row
-            prefix = ()
-            blocks = self._blocks(unit, longest, 0)
-        if blocks is None:
-            raise self._too_small(unit, longest)
+        shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix))
+        prefix = prefix[:shared]
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         for candidates, steps in blocks:
@@ -186,17 +181,28 @@ class Scorer:
                     scored[layer].tokens.update((order[at], [token]) for at, token in zip(batch, tokens, strict=True))
 
     def _blocks(
-        self, unit: WorkUnit, longest: int, prefix_tokens: int
-    ) -> list[tuple[tuple[int | None, ...], list[Step]]] | None:
-        """Return the fewest contiguous blocks of candidates, with their plans, that fit; None: one alone does not."""
-        size = len(unit.candidates)
-        while size:
-            blocks = [unit.candidates[start : start + size] for start in range(0, len(unit.candidates), size)]
-            planned = [(block, self._plan(unit.removed, block)) for block in blocks]
-            if all(self._needed(steps, longest, prefix_tokens) <= self.budget.total for _, steps in planned):
-                return planned
-            size = size // 2
-        return None
+        self, removed: Sequence[int], candidates: Sequence[int | None], longest: int, prefix_tokens: int
+    ) -> tuple[int, list[tuple[Sequence[int | None], list[Step]]]]:
+        """Return how much of the prefix is shared, and the fewest contiguous blocks of candidates, with their plans.
+
+        Where the prefix's keys and values do not fit even for one candidate, they are computed with each row.
+
+        Raises:
+            ConfigError: one candidate on the longest row does not fit either.
+        """
+        for shared in sorted({prefix_tokens, 0}, reverse=True):
+            size = len(candidates)
+            while size:
+                blocks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
+                planned = [(block, self._plan(removed, block)) for block in blocks]
+                needed = max(self._needed(steps, longest - shared, shared) for _, steps in planned)
+                if needed <= self.budget.total:
+                    return shared, planned
+                size //= 2
+        raise ConfigError(
+            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens) needs {needed} for one "
+            "candidate; raise --batch-bytes to at least that, or leave it out"
+        )
 
     def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
         return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
@@ -207,13 +213,6 @@ class Scorer:
         nodes = most_nodes(steps)
         at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
-
-    def _too_small(self, unit: WorkUnit, longest: int) -> ConfigError:
-        needed = max(self._needed(self._plan(unit.removed, [layer]), longest, 0) for layer in unit.candidates)
-        return ConfigError(
-            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens) needs {needed} for one "
-            "candidate; raise --batch-bytes to at least that, or leave it out"
-        )
 
     def _prefix_states(
         self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], held: int, *, is_only: bool
