@@ -15,6 +15,7 @@ from oracles import oracle_answers
 from tale_ray.engine.budget import Budget, row_cost
 from tale_ray.engine.fit import fit_sweep
 from tale_ray.engine.groups import group_prompts
+from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.score import Scorer
 from tale_ray.engine.streams import applications, final_node, most_nodes, plan_sweep
 from tale_ray.errors import ConfigError
@@ -138,11 +139,10 @@ def test_logits_of_padded_rows_are_those_of_rows_alone(deep: LoadedModel) -> Non
     sweep = fit_sweep(deep).sweep
     assert sweep is not None
     finals = [final_node((2,), layer) for layer in (0, 3, 5)]
-    steps = plan_sweep(DEEP, finals)
     prompts = tiny_prompts(4)
-    together = sweep.next_logits(steps, finals, prompts, None)
+    together = sweep.next_logits(finals, prompts, None)
     for at, prompt in enumerate(prompts):
-        alone = sweep.next_logits(steps, finals, [prompt], None)
+        alone = sweep.next_logits(finals, [prompt], None)
         torch.testing.assert_close(together[:, at], alone[:, 0], atol=2e-5, rtol=1e-4)
 
 
@@ -163,8 +163,8 @@ def test_work_is_half_of_one_after_another_and_the_prefix_is_computed_once(llama
     assert first.layer_applications == per_row * (4 + 1)
     second = scorer.score(unit(range(DEEP), range(4, 7)), rows, ANSWER, 1, "w")
     assert second.layer_applications == per_row * 3, "the prefix is kept from one unit to the next"
-    fewer = scorer.score(unit([2, 4], range(4, 7)), rows, ANSWER, 1, "w")
-    assert fewer.layer_applications == 3 * applications(plan_sweep(DEEP, [(2,), (4,)]))
+    fewer = Scorer(llama).score(unit([2, 4], range(4, 7)), rows, ANSWER, 1, "w")
+    assert fewer.layer_applications == (3 + 1) * applications(plan_sweep(DEEP, [(2,), (4,)]))
     plain = score_unit(llama, unit(range(DEEP), range(7)), rows, ANSWER, 1, None, "w")
     assert plain.layer_applications == DEEP * (DEEP - 1) * 7
 
@@ -237,7 +237,8 @@ answer = AnswerSpec(type="regex", pattern="(t)")
 prefix = tuple(range(3, 93)) * 2
 rows = [PromptRow(prefix + tuple((row * 7 + at) % 90 + 3 for at in range(120)), "t") for row in range(24)]
 def score(budget):
-    Scorer(loaded, budget).score(WorkUnit(1, "round-0001", "search", (), tuple(range(8)), tuple(range(24))), rows, answer, 1, "w")
+    unit = WorkUnit(1, "round-0001", "search", (), tuple(range(8)), tuple(range(24)))
+    Scorer(loaded, budget).score(unit, rows, answer, 1, "w")
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 score(8 * 2**20)
@@ -256,6 +257,52 @@ def test_peak_memory_stays_within_the_budget(mebibytes: int) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     peak = int(done.stdout.split()[-1])
     assert 0.3 * budget < peak < 1.2 * budget, f"{peak / 2**20:.0f} MiB of {mebibytes}"
+
+
+# From round to round.
+
+
+@pytest.mark.parametrize("order", [(3, 1, 4), (5, 0, 2), (0, 1, 2)])
+def test_a_later_round_goes_on_from_what_is_known(llama: LoadedModel, order: tuple[int, ...]) -> None:
+    """The same answers, for rows in any batches, with a fraction of the work."""
+    rows = rows_of(PREFIX + prompt for prompt in tiny_prompts(6))
+    remembering = Scorer(llama)
+    for depth in range(len(order) + 1):
+        removed = order[:depth]
+        candidates = [layer for layer in range(DEEP) if layer not in removed]
+        fresh, known = Scorer(llama), 0
+        for chunk in ((4, 0, 5), (1, 2, 3)) if depth % 2 else ((0, 1), (2, 3, 4, 5)):
+            work = unit(candidates, chunk, removed)
+            found = remembering.score(work, rows, ANSWER, 1, "w")
+            expected = fresh.score(work, rows, ANSWER, 1, "w")
+            assert answers_of(found) == answers_of(expected)
+            known += expected.layer_applications - found.layer_applications
+        per_row = applications(plan_sweep(DEEP, [final_node(removed, layer) for layer in candidates]))
+        if depth:
+            below = sum(k < order[depth - 1] for k in candidates)  # layers below the one removed last: all known
+            assert known >= len(rows) * (below * (below + 1) // 2), (
+                "states below the removed layer are not computed again"
+            )
+            assert known <= (len(rows) + 1) * per_row
+
+
+def test_memory_for_later_rounds_has_a_limit(llama: LoadedModel) -> None:
+    block = torch.zeros(2, 3, 4, 5)
+    memory = StateMemory(2 * block.nbytes)
+    for boundary in (1, 2, 3):
+        memory.add(["a", "b", "c"], boundary, [(), (0,)], block + boundary)
+    assert [memory.has(["a", "c"], boundary, (0,)) for boundary in (1, 2, 3)] == [True, True, False]
+    assert memory.held == memory.limit
+    loaded = memory.of(["c", "a"], [2, 4]).load(2, ())
+    assert torch.equal(
+        loaded, torch.stack([torch.cat([torch.full((2, 5), 2.0), torch.zeros(2, 5)]), torch.full((4, 5), 2.0)])[None]
+    )
+    memory.start([0])
+    assert not memory.has(["a"], 1, ())
+    assert memory.has(["a"], 1, (0,)), "the state without layer 0 is the new model's"
+    memory.allow(0)
+    assert memory.held == 0
+    assert not memory.has(["a"], 1, (0,))
 
 
 # What does not fit.

@@ -78,7 +78,7 @@ def _difference(
         states = PrefixStates(_PREFIX)
         sweep.run_prefix(states, rows[0][:_PREFIX], {(at, node) for at, step in enumerate(steps) for node in step.runs})
         rows = [row[_PREFIX:] for row in rows]
-    logits_nbv = sweep.next_logits(steps, finals, rows, states).float()
+    logits_nbv = sweep.next_logits(finals, rows, states).float()
     truth_nbv = torch.stack([truths[node] for node in finals])
     return float((logits_nbv - truth_nbv).abs().max() / truth_nbv.abs().max().clamp(min=1e-6))
 

@@ -7,10 +7,12 @@ else takes the plain path. Both give the same tokens.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
 from tale_ray.engine.fit import Fit, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Sweep
@@ -20,6 +22,8 @@ from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.tasks.answers import is_correct, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
+
+_MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class Scorer:
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self._memory = StateMemory()
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
         self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
 
@@ -61,6 +66,7 @@ class Scorer:
         """Work in half the memory from now on, after the device had too little."""
         self._prefixes.clear()
         self.budget = Budget(self.budget.total // 2, self.budget.batch // 2)
+        self._memory.allow(0)
 
     def score(
         self, unit: WorkUnit, rows: Sequence[PromptRow], answer: AnswerSpec, max_new_tokens: int, worker: str
@@ -129,6 +135,7 @@ class Scorer:
 
     def _swept(self, sweep: Sweep, unit: WorkUnit, rows: Sequence[PromptRow]) -> tuple[dict[int | None, _Scored], int]:
         before = sweep.layer_applications
+        self._memory.start(unit.removed)
         started = time.monotonic()
         scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
         own = set(unit.rows)
@@ -162,21 +169,22 @@ class Scorer:
         longest = max(map(len, prompts.values()))
         shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix))
         prefix = prefix[:shared]
+        spare = self.budget.total - max(self._needed(steps, longest - shared, shared) for _, steps in blocks)
+        self._memory.allow(min(spare, self.budget.total // _MEMORY_SHARE))
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
             held = self._cost.prefix_bytes(len(prefix), applications(steps))
             states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
-            nodes, room = most_nodes(steps), self.budget.total - held
-
-            def row_bytes(tokens: int, nodes: int = nodes) -> int:
-                return self._cost.sweep_bytes(tokens, len(prefix), nodes)  # called before the next turn
-
-            fitting = max(self.budget.after(held), min(room, row_bytes(max(map(len, suffixes)))))
-            for batch in batches([len(suffix) for suffix in suffixes], fitting, row_bytes):
-                head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
-                found = sweep.next_tokens(steps, finals, [suffixes[at] for at in batch], states, head_rows)
+            row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
+            room = max(row_bytes(longest - len(prefix)), self.budget.after(held + self._memory.limit))
+            head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
+            for batch in batches([len(suffix) for suffix in suffixes], room, row_bytes):
+                own = [suffixes[at] for at in batch]
+                names = [(unit.split, len(prefix), order[at]) for at in batch]
+                memory = self._memory.of(names, [len(suffix) for suffix in own])
+                found = sweep.next_tokens(finals, own, states, memory, head_rows)
                 for layer, tokens in zip(candidates, found, strict=True):
                     scored[layer].tokens.update((order[at], [token]) for at, token in zip(batch, tokens, strict=True))
 
@@ -226,5 +234,5 @@ class Scorer:
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
         states.keep(places)
         if missing := {place for place in places if place not in states}:
-            sweep.run_prefix(states, prefix, missing)
+            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
         return states
