@@ -169,7 +169,8 @@ class Scorer:
         longest = max(map(len, prompts.values()))
         shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix))
         prefix = prefix[:shared]
-        spare = self.budget.total - max(self._needed(steps, longest - shared, shared) for _, steps in blocks)
+        needed = max(self._needed(steps, longest - shared, shared) for _, steps in blocks)
+        spare = self.budget.total - max(needed, self.budget.batch)  # nothing where micro-batches may take it all
         self._memory.allow(min(spare, self.budget.total // _MEMORY_SHARE))
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
