@@ -1,25 +1,29 @@
 """One unit of work scored: replies of every candidate on the unit's rows, read and compared with the targets.
 
-Replies of one token come from the sweep, which runs all candidates in one pass, where the model fits it; everything
-else takes the plain path. Both give the same tokens.
+The first token of a reply comes from the sweep, which runs all candidates in one pass, and later ones from decoding all
+candidates together, where the model fits them; everything else takes the plain path. All give the same tokens.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
-from tale_ray.engine.fit import Fit, fit_sweep
+from tale_ray.engine.decode import Decoder
+from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Sweep
-from tale_ray.engine.view import view_tokens
+from tale_ray.engine.view import end_tokens, view_tokens
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.tasks.answers import is_correct, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
+
+logger = logging.getLogger("tale_ray.engine")
 
 
 @dataclass(slots=True)
@@ -44,6 +48,8 @@ class Scorer:
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self._decoder: Decoder | None = None
+        self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
         self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
 
@@ -56,7 +62,7 @@ class Scorer:
         unit = WorkUnit(0, "", "search", (), (None,), ())
         longest = max((len(row.token_ids) for row in rows), default=0)
         if self._needed(self._plan((), (None,)), longest, 0) > self.budget.total:
-            raise self._too_small(unit, longest)
+            raise self._too_small(unit, longest, 1)
 
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
@@ -70,7 +76,8 @@ class Scorer:
 
         A pure function of model, unit, rows and answer, but for seconds and layer applications. One layer application
         is one layer run on one row (or on a prefix that rows share) for one forward step: the first new token takes
-        one step over the prompt, each later one, up to and including the end token, one more.
+        one step over the prompt, each later one, up to and including the end token, one more. Of rows that are decoded
+        together some have ended while others go on: until they leave the batch their steps count as well.
 
         Args:
             unit: which candidates and rows; candidate None is the model without `unit.removed` only.
@@ -91,8 +98,9 @@ class Scorer:
         self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        if self.fit.sweep is not None and max_new_tokens == 1:
-            scored, layer_applications = self._swept(self.fit.sweep, unit, rows)
+        decoder = self._fitted_decoder(self.fit.sweep) if self.fit.sweep is not None and max_new_tokens > 1 else None
+        if self.fit.sweep is not None and (max_new_tokens == 1 or decoder is not None):
+            scored, layer_applications = self._swept(self.fit.sweep, decoder, unit, rows, max_new_tokens)
         else:
             scored, layer_applications = self._viewed(unit, rows, max_new_tokens)
         answers = tuple(
@@ -126,20 +134,35 @@ class Scorer:
             scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
         return scored, layer_applications
 
-    # The sweep.
+    # The sweep, and decoding on from it.
 
-    def _swept(self, sweep: Sweep, unit: WorkUnit, rows: Sequence[PromptRow]) -> tuple[dict[int | None, _Scored], int]:
-        before = sweep.layer_applications
+    def _fitted_decoder(self, sweep: Sweep) -> Decoder | None:
+        """Return the decoder, or None where the model does not fit; which is found out when it is needed first."""
+        if self._decodes and self._decoder is None:
+            self._decoder, note = fit_decoder(self._loaded, sweep)
+            self._decodes = self._decoder is not None
+            if note:
+                logger.warning("%s", note)
+        return self._decoder
+
+    def _swept(
+        self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+    ) -> tuple[dict[int | None, _Scored], int]:
+        longest = max((len(rows[row].token_ids) for row in unit.rows), default=0)
+        if self._blocks(unit, longest, 0, max_new_tokens) is None:  # before anything has run
+            raise self._too_small(unit, longest, max_new_tokens)
+        before = _applications(sweep, decoder)
         started = time.monotonic()
         scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
         own = set(unit.rows)
         for group in self._prompt_groups(rows):
             if chosen := [row for row in group.rows if row in own]:
-                self._sweep_group(sweep, unit, group.prefix, {row: rows[row].token_ids for row in chosen}, scored)
+                chosen_prompts = {row: rows[row].token_ids for row in chosen}
+                self._sweep_group(sweep, decoder, unit, group.prefix, chosen_prompts, max_new_tokens, scored)
         seconds = time.monotonic() - started
         for found in scored.values():
             found.seconds = seconds / len(scored)
-        return scored, sweep.layer_applications - before
+        return scored, _applications(sweep, decoder) - before
 
     def _prompt_groups(self, rows: Sequence[PromptRow]) -> tuple[PromptGroup, ...]:
         """Return how a split's rows share prefixes."""
@@ -154,46 +177,74 @@ class Scorer:
     def _sweep_group(
         self,
         sweep: Sweep,
+        decoder: Decoder | None,
         unit: WorkUnit,
         prefix: tuple[int, ...],
         prompts: dict[int, tuple[int, ...]],
+        max_new_tokens: int,
         scored: dict[int | None, _Scored],
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
         longest = max(map(len, prompts.values()))
-        blocks = self._blocks(unit, longest - len(prefix), len(prefix))
+        blocks = self._blocks(unit, longest - len(prefix), len(prefix), max_new_tokens)
         if blocks is None:  # not even for one candidate: keys and values of the prefix are computed with each row
             prefix = ()
-            blocks = self._blocks(unit, longest, 0)
-        if blocks is None:
-            raise self._too_small(unit, longest)
+            blocks = self._blocks(unit, longest, 0, max_new_tokens)
+        assert blocks is not None, "a budget too small for a row is refused before"
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
             held = self._cost.prefix_bytes(len(prefix), applications(steps))
             states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
-            nodes, room = most_nodes(steps), self.budget.total - held
+            at_work = self._cost.sweep_bytes(longest - len(prefix), len(prefix), most_nodes(steps))
+            head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
+            if decoder is None:
+                for batch in self._sweep_batches(steps, suffixes, len(prefix), held):
+                    rows = [suffixes[at] for at in batch]
+                    found = sweep.next_tokens(steps, finals, rows, states, head_rows)
+                    _note(
+                        scored, candidates, [order[at] for at in batch], [[[token] for token in new] for new in found]
+                    )
+                continue
 
-            def row_bytes(tokens: int, nodes: int = nodes) -> int:
-                return self._cost.sweep_bytes(tokens, len(prefix), nodes)  # called before the next turn
+            def decode_bytes(tokens: int, rows: int = len(finals), before: int = len(prefix)) -> int:
+                return rows * self._cost.decode_bytes(before + tokens, max_new_tokens)
 
-            fitting = max(self.budget.after(held), min(room, row_bytes(max(map(len, suffixes)))))
-            for batch in batches([len(suffix) for suffix in suffixes], fitting, row_bytes):
-                head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
-                found = sweep.next_tokens(steps, finals, [suffixes[at] for at in batch], states, head_rows)
-                for layer, tokens in zip(candidates, found, strict=True):
-                    scored[layer].tokens.update((order[at], [token]) for at, token in zip(batch, tokens, strict=True))
+            lengths = [len(suffix) for suffix in suffixes]
+            for batch in batches(lengths, self.budget.total - held - at_work, decode_bytes):
+                rows = [suffixes[at] for at in batch]
+                all_held = held + len(batch) * decode_bytes(max(map(len, rows)))
+                prefills = self._sweep_batches(steps, rows, len(prefix), all_held)
+                new = decoder.new_tokens(
+                    steps, finals, rows, states, max_new_tokens, end_tokens(self._loaded.model), prefills, head_rows
+                )
+                _note(scored, candidates, [order[at] for at in batch], new)
+
+    def _sweep_batches(
+        self, steps: Sequence[Step], suffixes: Sequence[Sequence[int]], prefix_tokens: int, held: int
+    ) -> list[list[int]]:
+        """Return micro-batches of a sweep while so many bytes are held; one row is known to fit."""
+
+        def row_bytes(tokens: int) -> int:
+            return self._cost.sweep_bytes(tokens, prefix_tokens, most_nodes(steps))
+
+        lengths = [len(suffix) for suffix in suffixes]
+        fitting = max(self.budget.after(held), min(self.budget.total - held, row_bytes(max(lengths))))
+        return batches(lengths, fitting, row_bytes)
 
     def _blocks(
-        self, unit: WorkUnit, longest: int, prefix_tokens: int
+        self, unit: WorkUnit, longest: int, prefix_tokens: int, max_new_tokens: int
     ) -> list[tuple[tuple[int | None, ...], list[Step]]] | None:
         """Return the fewest contiguous blocks of candidates, with their plans, that fit; None: one alone does not."""
         size = len(unit.candidates)
         while size:
             blocks = [unit.candidates[start : start + size] for start in range(0, len(unit.candidates), size)]
             planned = [(block, self._plan(unit.removed, block)) for block in blocks]
-            if all(self._needed(steps, longest, prefix_tokens) <= self.budget.total for _, steps in planned):
+            needed = (
+                self._needed(steps, longest, prefix_tokens, len(block), max_new_tokens) for block, steps in planned
+            )
+            if all(bytes_ <= self.budget.total for bytes_ in needed):
                 return planned
             size = size // 2
         return None
@@ -201,18 +252,24 @@ class Scorer:
     def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
         return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
 
-    def _needed(self, steps: Sequence[Step], longest: int, prefix_tokens: int) -> int:
-        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values."""
+    def _needed(
+        self, steps: Sequence[Step], longest: int, prefix_tokens: int, candidates: int = 1, max_new_tokens: int = 1
+    ) -> int:
+        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values and the row's own."""
         held = self._cost.prefix_bytes(prefix_tokens, applications(steps))
         nodes = most_nodes(steps)
         at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
+        if max_new_tokens > 1:
+            at_work += candidates * self._cost.decode_bytes(prefix_tokens + longest, max_new_tokens)
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
-    def _too_small(self, unit: WorkUnit, longest: int) -> ConfigError:
-        needed = max(self._needed(self._plan(unit.removed, [layer]), longest, 0) for layer in unit.candidates)
+    def _too_small(self, unit: WorkUnit, longest: int, max_new_tokens: int) -> ConfigError:
+        plans = [self._plan(unit.removed, [layer]) for layer in unit.candidates]
+        needed = max(self._needed(steps, longest, 0, 1, max_new_tokens) for steps in plans)
+        new = f" and {max_new_tokens} new ones" if max_new_tokens > 1 else ""
         return ConfigError(
-            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens) needs {needed} for one "
-            "candidate; raise --batch-bytes to at least that, or leave it out"
+            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens{new}) needs {needed} for "
+            "one candidate; raise --batch-bytes to at least that, or leave it out"
         )
 
     def _prefix_states(
@@ -229,3 +286,18 @@ class Scorer:
         if missing := {place for place in places if place not in states}:
             sweep.run_prefix(states, prefix, missing)
         return states
+
+
+def _applications(sweep: Sweep, decoder: Decoder | None) -> int:
+    return sweep.layer_applications + (decoder.layer_applications if decoder is not None else 0)
+
+
+def _note(
+    scored: dict[int | None, _Scored],
+    candidates: Sequence[int | None],
+    rows: Sequence[int],
+    new: Sequence[Sequence[list[int]]],
+) -> None:
+    """Remember the new tokens (candidates, rows) of some rows."""
+    for layer, found in zip(candidates, new, strict=True):
+        scored[layer].tokens.update(zip(rows, found, strict=True))
