@@ -7,8 +7,8 @@ candidates but the one that removes it (see `ring`). So weights are read once a 
 Prompts end at the same slot of the caches (padding on the left): to the model's masks, windows included, it is an
 ordinary left-padded batch.
 
-Axes in tensor names: r rows in the ring, n nodes, b examples, k heads, t tokens, s slots, h head size, d hidden size,
-v vocabulary.
+Axes in tensor names: r rows in the ring, f final nodes, n nodes, b examples, k heads, t tokens, s slots, h head size,
+d hidden size, v vocabulary.
 """
 
 import inspect
@@ -257,25 +257,43 @@ class _Fill:
 
     def record(self, layer: int, nodes: tuple[Node, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the keys and values (nodes x examples, heads, tokens, size) of a layer."""
-        num_examples, examples = len(self.lengths), len(self.examples)
         order = [final for final, at in self.ring.running(layer) if at == 0]
         below = [tuple(removed for removed in self.ring.finals[final] if removed < layer) for final in order]
-        of_node = torch.tensor([nodes.index(node) for node in below], device=keys.device)
+        runs = _runs([nodes.index(node) for node in below])
+        num_rows = len(order) * len(self.lengths)
         if layer not in self.cache.states:
-            rows = len(order) * num_examples
             self.cache.states[layer] = (
-                keys.new_empty(rows, keys.shape[1], self.num_slots, keys.shape[3]),
-                values.new_empty(rows, values.shape[1], self.num_slots, values.shape[3]),
+                keys.new_empty(num_rows, keys.shape[1], self.num_slots, keys.shape[3]),
+                values.new_empty(num_rows, values.shape[1], self.num_slots, values.shape[3]),
             )
         before = self.prefix.get(layer, nodes) if self.prefix is not None else (None, None)
         for states, own, shared in zip(self.cache.states[layer], (keys, values), before, strict=True):
-            states_nbksh = states.view(len(order), num_examples, *states.shape[1:])
-            own_nbkth = own.view(len(nodes), examples, *own.shape[1:])
+            states_fbksh = states.view(len(order), len(self.lengths), *states.shape[1:])
+            own_nbkth = own.view(len(nodes), len(self.examples), *own.shape[1:])
             for at, example in enumerate(self.examples):
-                end, length = max(self.lengths), self.lengths[example]
-                start = end - length
-                states_nbksh[:, example, :, :start] = 0  # not left as it is: no number times NaN is nothing
-                if shared is not None:
-                    states_nbksh[:, example, :, start : start + shared.shape[2]] = shared[of_node]
-                    start += shared.shape[2]
-                states_nbksh[:, example, :, start:end] = own_nbkth[of_node, at, :, : end - start]
+                states_fksh, own_nkth = states_fbksh[:, example], own_nbkth[:, at]
+                end = max(self.lengths)
+                start = end - self.lengths[example]
+                states_fksh[:, :, :start] = 0  # not left as it is: no number times NaN is nothing
+                middle = start + (shared.shape[2] if shared is not None else 0)
+                for finals, found in runs:
+                    if shared is not None:
+                        states_fksh[finals, :, start:middle] = shared[found]
+                    states_fksh[finals, :, middle:end] = own_nkth[found, :, : end - middle]
+
+
+def _runs(of_node: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Return which stretches of rows take which stretches of nodes: one node for all, or one after another."""
+    runs: list[tuple[slice, slice]] = []
+    for row, node in enumerate(of_node):
+        if runs:
+            rows, nodes = runs[-1]
+            length, size = rows.stop - rows.start, nodes.stop - nodes.start
+            if node == nodes.stop and length == size:
+                runs[-1] = (slice(rows.start, row + 1), slice(nodes.start, node + 1))
+                continue
+            if node == nodes.start and size == 1:
+                runs[-1] = (slice(rows.start, row + 1), nodes)
+                continue
+        runs.append((slice(row, row + 1), slice(node, node + 1)))
+    return runs
