@@ -78,6 +78,7 @@ class Decoder:
     def __init__(self, loaded: LoadedModel, sweep: Sweep) -> None:
         self._loaded = loaded
         self._sweep = sweep
+        self._adds_masks = getattr(loaded.model.config, "_attn_implementation", None) == "sdpa"
         self._takes_positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
         self._arguments: LayerArguments = learn_arguments(loaded.layers, self._run_rows)
         self._batch: _Batch | None = None
@@ -98,7 +99,7 @@ class Decoder:
     ) -> list[list[list[int]]]:
         """Return the new tokens, the end token included, of each prompt at each final node.
 
-        The model is whole again afterwards, also when an exception (a signal's, too) ends it halfway.
+        The model is whole again afterwards, also when an exception ends it halfway.
 
         Args:
             steps: the sweep over the prompts.
@@ -130,9 +131,8 @@ class Decoder:
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
             self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)
-        finally:  # once more: a signal may have interrupted the tidying up itself
+        finally:
             self._batch = None
-            self._loaded.layers.restore()
         position = {final: at for at, final in enumerate(order)}
         return [[new[position[final], at] for at in range(len(prompts))] for final in finals]
 
@@ -232,7 +232,10 @@ class Decoder:
         if not isinstance(value, torch.Tensor) or not share or value.shape[0] != share * len(batch.ring.rows):
             return value
         if (known := batch.repeated.get(id(value))) is None:
-            known = batch.repeated[id(value)] = (value, torch.cat((value, value)))  # the value, too: its id stays its
+            twice = torch.cat((value, value))
+            if self._adds_masks and twice.dtype == torch.bool and twice.ndim == 4:  # once a step, not once a layer
+                twice = torch.zeros_like(twice, dtype=self._loaded.model.dtype).masked_fill_(~twice, -torch.inf)
+            known = batch.repeated[id(value)] = (value, twice)  # the value, too: its id stays its
         return known[1][share * stretch.start : share * stretch.end]
 
     def _run_rows(self, num_rows: int) -> None:

@@ -98,11 +98,7 @@ class Scorer:
         self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        decoder = self._fitted_decoder(self.fit.sweep) if self.fit.sweep is not None and max_new_tokens > 1 else None
-        if self.fit.sweep is not None and (max_new_tokens == 1 or decoder is not None):
-            scored, layer_applications = self._swept(self.fit.sweep, decoder, unit, rows, max_new_tokens)
-        else:
-            scored, layer_applications = self._viewed(unit, rows, max_new_tokens)
+        scored, layer_applications = self._tokens(unit, rows, max_new_tokens)
         answers = tuple(
             CandidateAnswers(
                 layer,
@@ -117,6 +113,22 @@ class Scorer:
         reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
         prediction = parse_answer(answer, reply)
         return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+
+    def _tokens(
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+    ) -> tuple[dict[int | None, _Scored], int]:
+        """Return new tokens by candidate, by the fastest path that the model fits, and layer applications."""
+        sweep = self.fit.sweep
+        if sweep is None:
+            return self._viewed(unit, rows, max_new_tokens)
+        try:
+            decoder = self._fitted_decoder(sweep) if max_new_tokens > 1 else None
+            if max_new_tokens > 1 and decoder is None:
+                return self._viewed(unit, rows, max_new_tokens)
+            return self._swept(sweep, decoder, unit, rows, max_new_tokens)
+        finally:  # once more: a signal may have interrupted the tidying up itself
+            sweep.widen()
+            self._loaded.layers.restore()
 
     # The plain path.
 
