@@ -86,10 +86,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
+def _deeper(config: Any, num_layers: int) -> Any:
+    """The configuration with more layers, whose kinds go on as they began."""
+    fields = config.to_dict()
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            fields[name] = (value * num_layers)[:num_layers]
+    fields["n_layer" if "n_layer" in fields else "num_hidden_layers"] = num_layers
+    return type(config)(**fields)
+
+
+def tiny_model(family: str, seed: int = 0, num_layers: int | None = None) -> Any:
     """A random model of a family in evaluation mode, without gradients; the same for the same seed."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    config = FAMILIES[family]()
+    config = config if num_layers is None else _deeper(config, num_layers)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and "sink" not in name:  # norms and biases start as ones and zeros: make them count
@@ -106,9 +118,9 @@ def tiny_tokenizer(size: int = VOCABULARY) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def tiny_loaded(family: str, seed: int = 0) -> LoadedModel:
+def tiny_loaded(family: str, seed: int = 0, num_layers: int | None = None) -> LoadedModel:
     """A tiny model as `load_model` would return it, without a folder."""
-    model, tokenizer = tiny_model(family, seed), tiny_tokenizer()
+    model, tokenizer = tiny_model(family, seed, num_layers), tiny_tokenizer()
     model.generation_config = neutral_generation(model, tokenizer)
     layers = find_layers(model)
     info = ModelInfo(

@@ -44,14 +44,14 @@ class Material:
     folder: Path
 
     def search(self, run: Path | str, *more: Any) -> "Outcome":
-        """Search the model on the task with an epsilon that leaves some rounds."""
+        """Search the model on the task with an epsilon that leaves some rounds; all counts can be compared."""
         return command(*self.arguments(run, *more))
 
     def arguments(self, run: Path | str, *more: Any) -> list[str]:
         options = {"--model": self.model, "--task": self.task, "--epsilon": "0.1", "--run": run}
         given = [str(part) for part in more]
         flat = [str(part) for name, value in options.items() if name not in given for part in (name, value)]
-        return ["search", "--local", *flat, *given]
+        return ["search", "--local", "--exhaustive", *flat, *given]
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,9 @@ def one_thread():
 def decode(decoder, loaded, removed, candidates, prompts, new_tokens, *, prefills=None, ends=None, prefix=None):
     """New tokens by candidate and row."""
     finals = [final_node(removed, layer) for layer in candidates]
-    steps = plan_sweep(loaded.layers.num_layers, finals)
     plan = prefills or [range(len(prompts))]
     ends = end_tokens(loaded.model) if ends is None else ends
-    return decoder.new_tokens(steps, finals, prompts, prefix, new_tokens, ends, plan, 7)
+    return decoder.new_tokens(finals, prompts, prefix, new_tokens, ends, plan, 7)
 
 
 def plain(loaded, removed, candidates, prompts, new_tokens):
@@ -191,7 +190,7 @@ def test_the_estimate_of_a_row_is_from_above(family):
     decoder._step = noting
     decode(decoder, loaded, (), (None, 0), prompts, 4, ends=())
     cost = Scorer(loaded, sweeps=False)._cost
-    assert 0 < held[0] <= 6 * cost.decode_bytes(18, 4)
+    assert 0 < held[0] <= 6 * cost.decode_bytes(18, 0, 4, 1)
 
 
 def test_layer_applications_are_those_of_the_sweep_and_one_a_row_and_step(llama):

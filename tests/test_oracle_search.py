@@ -86,7 +86,7 @@ def found(run: Run) -> OracleSearch:
 
 
 def one_row_bytes(model: Any, longest: int) -> int:
-    return row_cost(model).row_bytes(longest, 1)
+    return row_cost(model).sweep_bytes(longest, 0, 1)
 
 
 @pytest.mark.slow

@@ -47,14 +47,15 @@ class RowCost:
         """Return the bytes of a prefix's keys and values at so many (layer, node) places."""
         return places * prefix_tokens * self.layer_cache_values * self.value_bytes
 
-    def decode_bytes(self, num_tokens: int, new_tokens: int) -> int:
-        """Return the bytes of one row, prompt tokens and new ones, that is decoded with others a token at a time.
+    def decode_bytes(self, num_tokens: int, before: int, new_tokens: int, rows: int) -> int:
+        """Return the bytes of rows that are decoded together a token at a time.
 
-        Keys and values of all layers, and twice those of one: a copy at work, and one while rows leave.
+        Each has `before` + `num_tokens` prompt tokens. Keys and values of all layers, and twice those of one: a copy
+        at work, and one while rows leave.
         """
-        seen = num_tokens + new_tokens
+        seen = before + num_tokens + new_tokens
         cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
-        return (cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes
+        return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
 
     @property
     def logit_bytes(self) -> int:

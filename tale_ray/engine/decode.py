@@ -21,7 +21,7 @@ import torch
 from tale_ray.engine.arguments import LayerArguments, Place, learn_arguments
 from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
-from tale_ray.engine.streams import Node, Step
+from tale_ray.engine.streams import Node
 from tale_ray.engine.sweep import Sweep
 from tale_ray.model.load import LoadedModel
 
@@ -87,7 +87,6 @@ class Decoder:
     @torch.inference_mode()
     def new_tokens(
         self,
-        steps: Sequence[Step],
         finals: Sequence[Node],
         prompts: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
@@ -102,7 +101,6 @@ class Decoder:
         The model is whole again afterwards, also when an exception ends it halfway.
 
         Args:
-            steps: the sweep over the prompts.
             finals: nodes above all layers: a common set of removed layers, and at most one more each.
             prompts: without the prefix's tokens.
             prefix: keys and values of what all prompts begin with.
@@ -127,7 +125,7 @@ class Decoder:
             for prefill in prefills:
                 fill = _Fill(ring, cache, prefix, lengths, prefill, max(lengths) + max_new_tokens - 1)
                 rows = [prompts[at] for at in prefill]
-                found = self._sweep.next_tokens(steps, order, rows, prefix, head_rows, fill.record)
+                found = self._sweep.next_tokens(order, rows, prefix, None, head_rows, fill.record)
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
             self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)

@@ -80,9 +80,7 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
         steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
 
     everything = [range(len(rows))]
-    new = decoder.new_tokens(
-        plan_sweep(total, finals), finals, rows, None, _NEW_TOKENS, (), everything, len(finals) * len(rows), observe
-    )
+    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, len(finals) * len(rows), observe)
     differences, largest = [0.0], 1e-6
     for at, final in enumerate(finals):
         for step, logits_nbv in enumerate(steps_nbv, start=1):
@@ -128,7 +126,7 @@ def _difference(
         states = PrefixStates(_PREFIX)
         sweep.run_prefix(states, rows[0][:_PREFIX], {(at, node) for at, step in enumerate(steps) for node in step.runs})
         rows = [row[_PREFIX:] for row in rows]
-    logits_nbv = sweep.next_logits(steps, finals, rows, states).float()
+    logits_nbv = sweep.next_logits(finals, rows, states).float()
     truth_nbv = torch.stack([truths[node] for node in finals])
     return float((logits_nbv - truth_nbv).abs().max() / truth_nbv.abs().max().clamp(min=1e-6))
 

@@ -8,11 +8,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Sweep
@@ -24,6 +26,8 @@ from tale_ray.tasks.answers import is_correct, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 logger = logging.getLogger("tale_ray.engine")
+
+_MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
 @dataclass(slots=True)
@@ -50,6 +54,7 @@ class Scorer:
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
+        self._memory = StateMemory()
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
         self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
 
@@ -59,15 +64,15 @@ class Scorer:
         Raises:
             ConfigError: it is.
         """
-        unit = WorkUnit(0, "", "search", (), (None,), ())
-        longest = max((len(row.token_ids) for row in rows), default=0)
-        if self._needed(self._plan((), (None,)), longest, 0) > self.budget.total:
-            raise self._too_small(unit, longest, 1)
+        for group in self._prompt_groups(rows):
+            longest = max(len(rows[row].token_ids) for row in group.rows)
+            self._blocks((), (None,), longest, len(group.prefix))
 
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
         self._prefixes.clear()
         self.budget = Budget(self.budget.total // 2, self.budget.batch // 2)
+        self._memory.allow(0)
 
     def score(
         self, unit: WorkUnit, rows: Sequence[PromptRow], answer: AnswerSpec, max_new_tokens: int, worker: str
@@ -130,6 +135,15 @@ class Scorer:
             sweep.widen()
             self._loaded.layers.restore()
 
+    def _fitted_decoder(self, sweep: Sweep) -> Decoder | None:
+        """Return the decoder, or None where the model does not fit; which is found out when it is needed first."""
+        if self._decodes and self._decoder is None:
+            self._decoder, note = fit_decoder(self._loaded, sweep)
+            self._decodes = self._decoder is not None
+            if note:
+                logger.warning("%s", note)
+        return self._decoder
+
     # The plain path.
 
     def _viewed(
@@ -148,32 +162,27 @@ class Scorer:
 
     # The sweep, and decoding on from it.
 
-    def _fitted_decoder(self, sweep: Sweep) -> Decoder | None:
-        """Return the decoder, or None where the model does not fit; which is found out when it is needed first."""
-        if self._decodes and self._decoder is None:
-            self._decoder, note = fit_decoder(self._loaded, sweep)
-            self._decodes = self._decoder is not None
-            if note:
-                logger.warning("%s", note)
-        return self._decoder
-
     def _swept(
         self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
     ) -> tuple[dict[int | None, _Scored], int]:
-        longest = max((len(rows[row].token_ids) for row in unit.rows), default=0)
-        if self._blocks(unit, longest, 0, max_new_tokens) is None:  # before anything has run
-            raise self._too_small(unit, longest, max_new_tokens)
         before = _applications(sweep, decoder)
+        self._memory.start(unit.removed)
         started = time.monotonic()
         scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
         own = set(unit.rows)
-        for group in self._prompt_groups(rows):
-            if chosen := [row for row in group.rows if row in own]:
-                chosen_prompts = {row: rows[row].token_ids for row in chosen}
-                self._sweep_group(sweep, decoder, unit, group.prefix, chosen_prompts, max_new_tokens, scored)
+        groups = [
+            (group.prefix, {row: rows[row].token_ids for row in group.rows if row in own})
+            for group in self._prompt_groups(rows)
+        ]
+        groups = [(prefix, found) for prefix, found in groups if found]
+        for prefix, found in groups:  # whatever is refused is refused before anything runs
+            longest = max(map(len, found.values()))
+            self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
+        for prefix, found in groups:
+            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, scored)
         seconds = time.monotonic() - started
-        for found in scored.values():
-            found.seconds = seconds / len(scored)
+        for each in scored.values():
+            each.seconds = seconds / len(scored)
         return scored, _applications(sweep, decoder) - before
 
     def _prompt_groups(self, rows: Sequence[PromptRow]) -> tuple[PromptGroup, ...]:
@@ -198,91 +207,86 @@ class Scorer:
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
         longest = max(map(len, prompts.values()))
-        blocks = self._blocks(unit, longest - len(prefix), len(prefix), max_new_tokens)
-        if blocks is None:  # not even for one candidate: keys and values of the prefix are computed with each row
-            prefix = ()
-            blocks = self._blocks(unit, longest, 0, max_new_tokens)
-        assert blocks is not None, "a budget too small for a row is refused before"
+        shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
+        prefix = prefix[:shared]
+        needed = [self._needed(steps, longest - shared, shared, len(block), max_new_tokens) for block, steps in blocks]
+        self._memory.allow(min(self.budget.total - max(needed), self.budget.total // _MEMORY_SHARE))
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
+        lengths = [len(suffix) for suffix in suffixes]
+        head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
             held = self._cost.prefix_bytes(len(prefix), applications(steps))
             states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
-            at_work = self._cost.sweep_bytes(longest - len(prefix), len(prefix), most_nodes(steps))
-            head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
+            row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
+            one_row, held = row_bytes(max(lengths)), held + self._memory.limit
             if decoder is None:
-                for batch in self._sweep_batches(steps, suffixes, len(prefix), held):
-                    rows = [suffixes[at] for at in batch]
-                    found = sweep.next_tokens(steps, finals, rows, states, head_rows)
-                    _note(
-                        scored, candidates, [order[at] for at in batch], [[[token] for token in new] for new in found]
-                    )
+                for batch in batches(lengths, max(one_row, self.budget.after(held)), row_bytes):
+                    own = [suffixes[at] for at in batch]
+                    names = [(unit.split, len(prefix), order[at]) for at in batch]
+                    memory = self._memory.of(names, [len(suffix) for suffix in own])
+                    found = sweep.next_tokens(finals, own, states, memory, head_rows)
+                    first = [[[token] for token in tokens] for tokens in found]
+                    _note(scored, candidates, [order[at] for at in batch], first)
                 continue
-
-            def decode_bytes(tokens: int, rows: int = len(finals), before: int = len(prefix)) -> int:
-                return rows * self._cost.decode_bytes(before + tokens, max_new_tokens)
-
-            lengths = [len(suffix) for suffix in suffixes]
-            for batch in batches(lengths, self.budget.total - held - at_work, decode_bytes):
-                rows = [suffixes[at] for at in batch]
-                all_held = held + len(batch) * decode_bytes(max(map(len, rows)))
-                prefills = self._sweep_batches(steps, rows, len(prefix), all_held)
-                new = decoder.new_tokens(
-                    steps, finals, rows, states, max_new_tokens, end_tokens(self._loaded.model), prefills, head_rows
-                )
+            reply_bytes = partial(
+                self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
+            )
+            for batch in batches(lengths, self.budget.total - held - one_row, reply_bytes):
+                own = [suffixes[at] for at in batch]
+                room = self.budget.after(held + len(batch) * reply_bytes(max(map(len, own))))
+                prefills = batches([len(suffix) for suffix in own], max(one_row, room), row_bytes)
+                ends = end_tokens(self._loaded.model)
+                new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, prefills, head_rows)
                 _note(scored, candidates, [order[at] for at in batch], new)
 
-    def _sweep_batches(
-        self, steps: Sequence[Step], suffixes: Sequence[Sequence[int]], prefix_tokens: int, held: int
-    ) -> list[list[int]]:
-        """Return micro-batches of a sweep while so many bytes are held; one row is known to fit."""
-
-        def row_bytes(tokens: int) -> int:
-            return self._cost.sweep_bytes(tokens, prefix_tokens, most_nodes(steps))
-
-        lengths = [len(suffix) for suffix in suffixes]
-        fitting = max(self.budget.after(held), min(self.budget.total - held, row_bytes(max(lengths))))
-        return batches(lengths, fitting, row_bytes)
-
     def _blocks(
-        self, unit: WorkUnit, longest: int, prefix_tokens: int, max_new_tokens: int
-    ) -> list[tuple[tuple[int | None, ...], list[Step]]] | None:
-        """Return the fewest contiguous blocks of candidates, with their plans, that fit; None: one alone does not."""
-        size = len(unit.candidates)
-        while size:
-            blocks = [unit.candidates[start : start + size] for start in range(0, len(unit.candidates), size)]
-            planned = [(block, self._plan(unit.removed, block)) for block in blocks]
-            needed = (
-                self._needed(steps, longest, prefix_tokens, len(block), max_new_tokens) for block, steps in planned
-            )
-            if all(bytes_ <= self.budget.total for bytes_ in needed):
-                return planned
-            size = size // 2
-        return None
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int | None],
+        longest: int,
+        prefix_tokens: int,
+        max_new_tokens: int = 1,
+    ) -> tuple[int, list[tuple[Sequence[int | None], list[Step]]]]:
+        """Return how much of the prefix is shared, and the fewest contiguous blocks of candidates, with their plans.
+
+        Where the prefix's keys and values do not fit even for one candidate, they are computed with each row.
+
+        Raises:
+            ConfigError: one candidate on the longest row does not fit either.
+        """
+        for shared in sorted({prefix_tokens, 0}, reverse=True):
+            size = len(candidates)
+            while size:
+                blocks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
+                planned = [(block, self._plan(removed, block)) for block in blocks]
+                needed = max(
+                    self._needed(steps, longest - shared, shared, len(block), max_new_tokens)
+                    for block, steps in planned
+                )
+                if needed <= self.budget.total:
+                    return shared, planned
+                size //= 2
+        new = f" and {max_new_tokens} new ones" if max_new_tokens > 1 else ""
+        raise ConfigError(
+            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens{new}) needs {needed} for "
+            "one candidate; raise --batch-bytes to at least that, or leave it out"
+        )
 
     def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
         return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
 
     def _needed(
-        self, steps: Sequence[Step], longest: int, prefix_tokens: int, candidates: int = 1, max_new_tokens: int = 1
+        self, steps: Sequence[Step], longest: int, prefix_tokens: int, candidates: int, max_new_tokens: int
     ) -> int:
         """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values and the row's own."""
         held = self._cost.prefix_bytes(prefix_tokens, applications(steps))
         nodes = most_nodes(steps)
         at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
         if max_new_tokens > 1:
-            at_work += candidates * self._cost.decode_bytes(prefix_tokens + longest, max_new_tokens)
+            at_work += self._cost.decode_bytes(longest, prefix_tokens, max_new_tokens, candidates)
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
-
-    def _too_small(self, unit: WorkUnit, longest: int, max_new_tokens: int) -> ConfigError:
-        plans = [self._plan(unit.removed, [layer]) for layer in unit.candidates]
-        needed = max(self._needed(steps, longest, 0, 1, max_new_tokens) for steps in plans)
-        new = f" and {max_new_tokens} new ones" if max_new_tokens > 1 else ""
-        return ConfigError(
-            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens{new}) needs {needed} for "
-            "one candidate; raise --batch-bytes to at least that, or leave it out"
-        )
 
     def _prefix_states(
         self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], held: int, *, is_only: bool
@@ -296,7 +300,7 @@ class Scorer:
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
         states.keep(places)
         if missing := {place for place in places if place not in states}:
-            sweep.run_prefix(states, prefix, missing)
+            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
         return states
 
 

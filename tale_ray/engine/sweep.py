@@ -6,13 +6,14 @@ pass. Embedding, masks, rotary embedding, final norm and head stay the model's. 
 of a micro-batch, t tokens, d hidden size, v vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tale_ray.engine.arguments import learn_arguments
+from tale_ray.engine.memory import BatchMemory
 from tale_ray.engine.prefix import PrefixStates, Record, SweepCache, stack
 from tale_ray.engine.streams import Node, Step, plan_sweep
 from tale_ray.model.load import LoadedModel
@@ -44,6 +45,7 @@ class _Pass:
     steps: Sequence[Step]
     last_b: torch.Tensor | None  # position of each row's last token; None: keys and values are all that is wanted
     cache: SweepCache | None
+    memory: BatchMemory | None
     states: dict[Node, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of the boundary: (n b t d, position)
     block: torch.Tensor | None = None  # what the last layer that ran has computed
 
@@ -61,19 +63,25 @@ class Sweep:
         self._arguments = learn_arguments(loaded.layers, self._run_rows)
 
     @torch.inference_mode()
-    def run_prefix(self, prefix: PrefixStates, token_ids: Sequence[int], wanted: Collection[tuple[int, Node]]) -> None:
+    def run_prefix(
+        self,
+        prefix: PrefixStates,
+        token_ids: Sequence[int],
+        wanted: Collection[tuple[int, Node]],
+        memory: BatchMemory | None = None,
+    ) -> None:
         """Compute the keys and values of the tokens at some (layer, node) places."""
-        steps = plan_sweep(self._loaded.layers.num_layers, (), wanted)
+        steps = plan_sweep(self._loaded.layers.num_layers, (), wanted, _known(memory))
         cache = SweepCache(prefix, writes=True)
-        self._run(_Pass(steps, None, cache), [list(token_ids)])
+        self._run(_Pass(steps, None, cache, memory), [list(token_ids)])
 
     @torch.inference_mode()
     def next_tokens(
         self,
-        steps: Sequence[Step],
         finals: Sequence[Node],
         rows: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
+        memory: BatchMemory | None,
         head_rows: int,
         record: Record | None = None,
     ) -> list[list[int]]:
@@ -81,7 +89,7 @@ class Sweep:
 
         The head runs on `head_rows` rows at a time. Every layer's keys and values are handed to `record`.
         """
-        last_nbd = self._last_states(steps, finals, rows, prefix, record)
+        last_nbd = self._last_states(finals, rows, prefix, memory, record)
         last_rd = last_nbd.flatten(0, 1)
         parts = [
             self._head(last_rd[start : start + head_rows]).argmax(-1) for start in range(0, len(last_rd), head_rows)
@@ -91,29 +99,30 @@ class Sweep:
 
     @torch.inference_mode()
     def next_logits(
-        self, steps: Sequence[Step], finals: Sequence[Node], rows: Sequence[Sequence[int]], prefix: PrefixStates | None
+        self, finals: Sequence[Node], rows: Sequence[Sequence[int]], prefix: PrefixStates | None
     ) -> torch.Tensor:
         """Return the logits (nodes, rows, vocabulary) after each row at each final node."""
-        last_nbd = self._last_states(steps, finals, rows, prefix)
+        last_nbd = self._last_states(finals, rows, prefix, None)
         return self._head(last_nbd.flatten(0, 1)).view(*last_nbd.shape[:2], -1)
 
     def _last_states(
         self,
-        steps: Sequence[Step],
         finals: Sequence[Node],
         rows: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
+        memory: BatchMemory | None,
         record: Record | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (nodes, rows, hidden size) of each row's last token, before the final norm.
 
         Padding is on the right and there is no mask: with causal attention no token of a row sees it.
         """
+        steps = plan_sweep(self._loaded.layers.num_layers, finals, (), _known(memory))
         longest = max(map(len, rows))
         padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
         last_b = torch.tensor([len(row) - 1 for row in rows])
         cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
-        states = self._run(_Pass(steps, last_b, cache), padded)
+        states = self._run(_Pass(steps, last_b, cache, memory), padded)
         return torch.cat([self._last(states[node], last_b) for node in finals])
 
     def _last(self, state: tuple[torch.Tensor, int], last_b: torch.Tensor) -> torch.Tensor:
@@ -192,7 +201,11 @@ class Sweep:
             found = found[0] if isinstance(found, tuple) else found
             work.block = found.reshape(num_nodes, self._rows, *found.shape[1:])
             above.update((node, (work.block, at)) for at, node in enumerate(order) if node in step.kept)
+            if work.memory is not None and not step.last_only:
+                work.memory.add(layer + 1, order, work.block)
             self.layer_applications += num_nodes * self._rows
+        if work.memory is not None:
+            above.update((node, (work.memory.load(layer + 1, node), 0)) for node in step.loads)
         work.states = above
 
     def _fit(self, value: Any, num_nodes: int, place: tuple[Any, ...]) -> Any:
@@ -224,6 +237,10 @@ class Sweep:
                 hooks = module._forward_pre_hooks
                 for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
                     del hooks[key]
+
+
+def _known(memory: BatchMemory | None) -> Callable[[int, Node], bool]:
+    return memory.knows if memory is not None else lambda _boundary, _node: False
 
 
 def _narrowable(layer: torch.nn.Module) -> list[torch.nn.Module]:
