@@ -199,8 +199,6 @@ class Decoder:
         logits_rv: torch.Tensor = logits_r1v[:, -1]
         return logits_rv
 
-    # Inside the model's forward.
-
     def _forward(self, layer: int) -> Any:
         own = self._loaded.layers.full[layer].forward
 
