@@ -153,8 +153,10 @@ def test_queued_units_answer_what_the_engine_answers(executor: Executor, worker:
     events = poll_until(executor, 2, UnitDone)
     assert [event.worker for event in events] == [worker, worker]
     for each, event in zip(units, events, strict=True):
-        direct = score_unit(loaded, each, QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+        direct = Scorer(loaded).score(each, QUESTIONS.rows["search"], QUESTIONS.answer, 3, "direct")
         assert without_seconds(event.result) == without_seconds(direct)
+        plain = score_unit(loaded, each, QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "plain")
+        assert [found.answers for found in direct.candidates] == [found.answers for found in plain.candidates]
         assert event.result.worker == worker
         assert event.result.seconds > 0
     assert executor.poll(0.0) == ()
@@ -222,7 +224,7 @@ def test_a_worker_out_of_gpu_memory_takes_smaller_batches(
     budgets: list[int] = []
 
     original = Scorer.score
-    direct = score_unit(loaded, unit(1), QUESTIONS.rows["search"], QUESTIONS.answer, 3, None, "direct")
+    direct = Scorer(loaded).score(unit(1), QUESTIONS.rows["search"], QUESTIONS.answer, 3, "direct")
 
     def scarce(scorer: Scorer, *arguments: Any) -> UnitResult:
         budgets.append(scorer.budget.total)

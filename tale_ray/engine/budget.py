@@ -47,6 +47,16 @@ class RowCost:
         """Return the bytes of a prefix's keys and values at so many (layer, node) places."""
         return places * prefix_tokens * self.layer_cache_values * self.value_bytes
 
+    def decode_bytes(self, num_tokens: int, before: int, new_tokens: int, rows: int) -> int:
+        """Return the bytes of rows that are decoded together a token at a time.
+
+        Each has `before` + `num_tokens` prompt tokens. Keys and values of all layers, and twice those of one: a copy
+        at work, and one while rows leave.
+        """
+        seen = before + num_tokens + new_tokens
+        cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
+        return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
+
     @property
     def logit_bytes(self) -> int:
         """Bytes of one row of logits, with a copy."""
@@ -70,6 +80,7 @@ def row_cost(model: Any) -> RowCost:
         return default
 
     hidden = size("hidden_size", default=1)
+    nope_dim = size("qk_nope_head_dim")  # latent attention: keys and values are cached as they are multiplied
     heads = size("num_attention_heads", default=1)
     head_dim = size("head_dim", default=hidden // heads)
     key_heads = size("num_key_value_heads", default=heads)
@@ -78,7 +89,9 @@ def row_cost(model: Any) -> RowCost:
     return RowCost(
         hidden_size=hidden,
         widest=max(dense, routed, (heads + 2 * key_heads) * head_dim),
-        layer_cache_values=2 * key_heads * head_dim,
+        layer_cache_values=key_heads * (nope_dim + size("qk_rope_head_dim") + size("v_head_dim"))
+        if nope_dim
+        else 2 * key_heads * head_dim,
         num_layers=config.num_hidden_layers,
         score_heads=heads if getattr(config, "_attn_implementation", None) == "eager" else 0,
         vocabulary=config.vocab_size,

@@ -1,4 +1,4 @@
-"""Whether a model fits the sweep: a few rows, scored both ways, must agree before anything is trusted to it."""
+"""Whether a model fits the fast paths: a few rows, scored both ways, must agree before anything is trusted to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,17 @@ from itertools import product
 
 import torch
 
+from tale_ray.engine.decode import Decoder
 from tale_ray.engine.prefix import PrefixStates
-from tale_ray.engine.streams import final_node, plan_sweep
+from tale_ray.engine.ring import ring_order
+from tale_ray.engine.streams import Node, final_node, plan_sweep
 from tale_ray.engine.sweep import Sweep
 from tale_ray.errors import Interrupted
 from tale_ray.model.load import LoadedModel
 
 _PREFIX = 3  # tokens
 _LENGTHS = (5, 2, 4)  # of the rows after it
+_NEW_TOKENS = 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit
 _COARSE = 5e-2  # of 16-bit numbers
 
@@ -48,6 +51,53 @@ def fit_sweep(loaded: LoadedModel) -> Fit:
     return Fit(None, False, f"candidates are scored one after another, as the sweep does not fit: {reasons[-1]}")
 
 
+def fit_decoder(loaded: LoadedModel, sweep: Sweep) -> tuple[Decoder | None, str]:
+    """Return a decoder whose logits are those of the plain path on a few rows, or None and in words why."""
+    try:
+        decoder = Decoder(loaded, sweep)
+        difference = _decoded_difference(loaded, decoder, _rows(loaded))
+    except Interrupted:
+        raise
+    except Exception as error:  # noqa: BLE001  # as above
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if difference <= _TOLERANCE.get(loaded.model.dtype, _COARSE):
+            return decoder, ""
+        reason = f"its logits differ by {difference:.1e} of the largest"
+    return (
+        None,
+        f"longer replies are decoded one candidate after another, as decoding all together does not fit: {reason}",
+    )
+
+
+def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Sequence[int]]) -> float:
+    """Return how far the logits of decoding steps are from the plain path's after the same tokens."""
+    total = loaded.layers.num_layers
+    finals = ring_order(_finals(total))
+    steps_nbv: list[torch.Tensor] = []
+
+    def observe(logits_rv: torch.Tensor) -> None:
+        steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
+
+    everything = [range(len(rows))]
+    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, len(finals) * len(rows), observe)
+    differences, largest = [0.0], 1e-6
+    for at, final in enumerate(finals):
+        for step, logits_nbv in enumerate(steps_nbv, start=1):
+            so_far = [[*row, *tokens[:step]] for row, tokens in zip(rows, new[at], strict=True)]
+            truth_bv = _plain_logits(loaded, final, so_far)
+            differences.append(float((logits_nbv[at] - truth_bv).abs().max()))
+            largest = max(largest, float(truth_bv.abs().max()))
+    return max(differences) / largest
+
+
+def _finals(num_layers: int) -> list[Node]:
+    """Return final nodes of a current model and of some candidates, the first layer and the last among them."""
+    removed = (num_layers // 2,) if num_layers > 2 else ()
+    candidates = [layer for layer in sorted({0, num_layers - 1}) if num_layers > len(removed) + 1]
+    return [final_node(removed, layer) for layer in (None, *candidates)]
+
+
 def _rows(loaded: LoadedModel) -> list[list[int]]:
     """Return rows of arbitrary tokens that share a prefix."""
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +116,7 @@ def _difference(
 ) -> float:
     """Return how far the sweep's logits are from the plain path's, as a share of the largest logit."""
     total = loaded.layers.num_layers
-    removed = (total // 2,) if total > 2 else ()
-    candidates = [None, *(layer for layer in sorted({0, total - 1}) if total > len(removed) + 1)]
-    finals = [final_node(removed, layer) for layer in candidates]
+    finals = _finals(total)
     for node in finals:
         if node not in truths:
             truths[node] = _plain_logits(loaded, node, rows)

@@ -1,12 +1,15 @@
 """Keys and values of the prompt prefix that rows share, for every layer and node of a sweep."""
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from transformers.cache_utils import Cache
 
 from tale_ray.engine.streams import Node
+
+# Called with layer, nodes, and the keys and values (nodes x rows, heads, tokens, size) of the rows' own tokens.
+Record: TypeAlias = Callable[[int, tuple[Node, ...], torch.Tensor, torch.Tensor], None]
 
 _Slices = list[tuple[torch.Tensor, int]]  # (stacked along axis 0, position)
 
@@ -56,25 +59,54 @@ class PrefixStates:
             self._found = {place: found for place, found in self._found.items() if place in places}
 
 
-class SweepCache(Cache):  # type: ignore[misc]  # transformers has no types
-    """What attention sees as its cache during a sweep: it writes the prefix's states, or reads them for every row.
+class OneLengthCache(Cache):  # type: ignore[misc]  # transformers has no types
+    """A cache that reports the same length for every layer, as layers that are removed never tell theirs."""
 
-    It reports the same length for every layer, as layers that are removed never tell theirs.
-    """
-
-    def __init__(self, prefix: PrefixStates, *, writes: bool) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__(layers=[])
+        self.length = length
+        self.layer = 0  # that runs
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens before the rows' own."""
+        del layer_idx
+        return self.length
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Return how many keys there are, and the position of the first."""
+        del layer_idx
+        return self.length + int(query_length), 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Nothing is ever dropped: windows are the mask's."""
+        return [False]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Shapes change from call to call."""
+        return False
+
+
+class SweepCache(OneLengthCache):
+    """What attention sees as its cache during a sweep: it writes the prefix's states, or reads them for every row."""
+
+    def __init__(self, prefix: PrefixStates | None, *, writes: bool, record: Record | None = None) -> None:
+        super().__init__(0 if writes or prefix is None else prefix.num_tokens)
         self._prefix = prefix
         self._writes = writes
-        self._length = 0 if writes else prefix.num_tokens
-        self.layer = 0  # that runs, and on which nodes
-        self.nodes: tuple[Node, ...] = ()
+        self._record = record
+        self.nodes: tuple[Node, ...] = ()  # that the layer runs on
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values (nodes x rows, heads, tokens, size) with the prefix's before them."""
         del layer_idx
+        if self._record is not None:
+            self._record(self.layer, self.nodes, key_states, value_states)
+        if self._prefix is None:
+            return key_states, value_states
         if self._writes:
             self._prefix.add(self.layer, self.nodes, key_states, value_states)
             return key_states, value_states
@@ -88,23 +120,3 @@ class SweepCache(Cache):  # type: ignore[misc]  # transformers has no types
         by_node[:, :, :, :num_tokens] = prefix_nkph.unsqueeze(1)
         joined[:, :, num_tokens:] = own
         return joined
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens before the rows' own."""
-        del layer_idx
-        return self._length
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Return how many keys there are, and the position of the first."""
-        del layer_idx
-        return self._length + int(query_length), 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Nothing is ever dropped: windows are the mask's."""
-        return [False]
-
-    @property
-    def is_compileable(self) -> bool:
-        """Shapes change from call to call."""
-        return False

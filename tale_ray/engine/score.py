@@ -1,27 +1,31 @@
 """One unit of work scored: replies of every candidate on the unit's rows, read and compared with the targets.
 
-Replies of one token come from the sweep, which runs all candidates in one pass, where the model fits it; everything
-else takes the plain path. Both give the same tokens.
+The first token of a reply comes from the sweep, which runs all candidates in one pass, and later ones from decoding all
+candidates together, where the model fits them; everything else takes the plain path. All give the same tokens.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
-from tale_ray.engine.fit import Fit, fit_sweep
+from tale_ray.engine.decode import Decoder
+from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Sweep
-from tale_ray.engine.view import view_tokens
+from tale_ray.engine.view import end_tokens, view_tokens
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.tasks.answers import is_correct, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
+
+logger = logging.getLogger("tale_ray.engine")
 
 _MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
@@ -48,6 +52,8 @@ class Scorer:
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self._decoder: Decoder | None = None
+        self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
         self._memory = StateMemory()
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
         self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
@@ -75,7 +81,8 @@ class Scorer:
 
         A pure function of model, unit, rows and answer, but for seconds and layer applications. One layer application
         is one layer run on one row (or on a prefix that rows share) for one forward step: the first new token takes
-        one step over the prompt, each later one, up to and including the end token, one more.
+        one step over the prompt, each later one, up to and including the end token, one more. Of rows that are decoded
+        together some have ended while others go on: until they leave the batch their steps count as well.
 
         Args:
             unit: which candidates and rows; candidate None is the model without `unit.removed` only.
@@ -96,10 +103,7 @@ class Scorer:
         self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        if self.fit.sweep is not None and max_new_tokens == 1:
-            scored, layer_applications = self._swept(self.fit.sweep, unit, rows)
-        else:
-            scored, layer_applications = self._viewed(unit, rows, max_new_tokens)
+        scored, layer_applications = self._tokens(unit, rows, max_new_tokens)
         answers = tuple(
             CandidateAnswers(
                 layer,
@@ -114,6 +118,31 @@ class Scorer:
         reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
         prediction = parse_answer(answer, reply)
         return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+
+    def _tokens(
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+    ) -> tuple[dict[int | None, _Scored], int]:
+        """Return new tokens by candidate, by the fastest path that the model fits, and layer applications."""
+        sweep = self.fit.sweep
+        if sweep is None:
+            return self._viewed(unit, rows, max_new_tokens)
+        try:
+            decoder = self._fitted_decoder(sweep) if max_new_tokens > 1 else None
+            if max_new_tokens > 1 and decoder is None:
+                return self._viewed(unit, rows, max_new_tokens)
+            return self._swept(sweep, decoder, unit, rows, max_new_tokens)
+        finally:  # once more: a signal may have interrupted the tidying up itself
+            sweep.widen()
+            self._loaded.layers.restore()
+
+    def _fitted_decoder(self, sweep: Sweep) -> Decoder | None:
+        """Return the decoder, or None where the model does not fit; which is found out when it is needed first."""
+        if self._decodes and self._decoder is None:
+            self._decoder, note = fit_decoder(self._loaded, sweep)
+            self._decodes = self._decoder is not None
+            if note:
+                logger.warning("%s", note)
+        return self._decoder
 
     # The plain path.
 
@@ -131,21 +160,30 @@ class Scorer:
             scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
         return scored, layer_applications
 
-    # The sweep.
+    # The sweep, and decoding on from it.
 
-    def _swept(self, sweep: Sweep, unit: WorkUnit, rows: Sequence[PromptRow]) -> tuple[dict[int | None, _Scored], int]:
-        before = sweep.layer_applications
+    def _swept(
+        self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+    ) -> tuple[dict[int | None, _Scored], int]:
+        before = _applications(sweep, decoder)
         self._memory.start(unit.removed)
         started = time.monotonic()
         scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
         own = set(unit.rows)
-        for group in self._prompt_groups(rows):
-            if chosen := [row for row in group.rows if row in own]:
-                self._sweep_group(sweep, unit, group.prefix, {row: rows[row].token_ids for row in chosen}, scored)
+        groups = [
+            (group.prefix, {row: rows[row].token_ids for row in group.rows if row in own})
+            for group in self._prompt_groups(rows)
+        ]
+        groups = [(prefix, found) for prefix, found in groups if found]
+        for prefix, found in groups:  # whatever is refused is refused before anything runs
+            longest = max(map(len, found.values()))
+            self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
+        for prefix, found in groups:
+            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, scored)
         seconds = time.monotonic() - started
-        for found in scored.values():
-            found.seconds = seconds / len(scored)
-        return scored, sweep.layer_applications - before
+        for each in scored.values():
+            each.seconds = seconds / len(scored)
+        return scored, _applications(sweep, decoder) - before
 
     def _prompt_groups(self, rows: Sequence[PromptRow]) -> tuple[PromptGroup, ...]:
         """Return how a split's rows share prefixes."""
@@ -160,37 +198,57 @@ class Scorer:
     def _sweep_group(
         self,
         sweep: Sweep,
+        decoder: Decoder | None,
         unit: WorkUnit,
         prefix: tuple[int, ...],
         prompts: dict[int, tuple[int, ...]],
+        max_new_tokens: int,
         scored: dict[int | None, _Scored],
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
         longest = max(map(len, prompts.values()))
-        shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix))
+        shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
         prefix = prefix[:shared]
-        needed = max(self._needed(steps, longest - shared, shared) for _, steps in blocks)
-        spare = self.budget.total - max(needed, self.budget.batch)  # nothing where micro-batches may take it all
+        needed = [self._needed(steps, longest - shared, shared, len(block), max_new_tokens) for block, steps in blocks]
+        spare = self.budget.total - max(*needed, self.budget.batch)  # nothing where micro-batches may take it all
         self._memory.allow(min(spare, self.budget.total // _MEMORY_SHARE))
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
+        lengths = [len(suffix) for suffix in suffixes]
+        head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
             held = self._cost.prefix_bytes(len(prefix), applications(steps))
             states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
             row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
-            room = max(row_bytes(longest - len(prefix)), self.budget.after(held + self._memory.limit))
-            head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
-            for batch in batches([len(suffix) for suffix in suffixes], room, row_bytes):
+            one_row, held = row_bytes(max(lengths)), held + self._memory.limit
+            if decoder is None:
+                for batch in batches(lengths, max(one_row, self.budget.after(held)), row_bytes):
+                    own = [suffixes[at] for at in batch]
+                    names = [(unit.split, len(prefix), order[at]) for at in batch]
+                    memory = self._memory.of(names, [len(suffix) for suffix in own])
+                    found = sweep.next_tokens(finals, own, states, memory, head_rows)
+                    first = [[[token] for token in tokens] for tokens in found]
+                    _note(scored, candidates, [order[at] for at in batch], first)
+                continue
+            reply_bytes = partial(
+                self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
+            )
+            for batch in batches(lengths, self.budget.total - held - one_row, reply_bytes):
                 own = [suffixes[at] for at in batch]
-                names = [(unit.split, len(prefix), order[at]) for at in batch]
-                memory = self._memory.of(names, [len(suffix) for suffix in own])
-                found = sweep.next_tokens(finals, own, states, memory, head_rows)
-                for layer, tokens in zip(candidates, found, strict=True):
-                    scored[layer].tokens.update((order[at], [token]) for at, token in zip(batch, tokens, strict=True))
+                room = self.budget.after(held + len(batch) * reply_bytes(max(map(len, own))))
+                prefills = batches([len(suffix) for suffix in own], max(one_row, room), row_bytes)
+                ends = end_tokens(self._loaded.model)
+                new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, prefills, head_rows)
+                _note(scored, candidates, [order[at] for at in batch], new)
 
     def _blocks(
-        self, removed: Sequence[int], candidates: Sequence[int | None], longest: int, prefix_tokens: int
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int | None],
+        longest: int,
+        prefix_tokens: int,
+        max_new_tokens: int = 1,
     ) -> tuple[int, list[tuple[Sequence[int | None], list[Step]]]]:
         """Return how much of the prefix is shared, and the fewest contiguous blocks of candidates, with their plans.
 
@@ -204,23 +262,31 @@ class Scorer:
             while size:
                 blocks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
                 planned = [(block, self._plan(removed, block)) for block in blocks]
-                needed = max(self._needed(steps, longest - shared, shared) for _, steps in planned)
+                needed = max(
+                    self._needed(steps, longest - shared, shared, len(block), max_new_tokens)
+                    for block, steps in planned
+                )
                 if needed <= self.budget.total:
                     return shared, planned
                 size //= 2
+        new = f" and {max_new_tokens} new ones" if max_new_tokens > 1 else ""
         raise ConfigError(
-            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens) needs {needed} for one "
-            "candidate; raise --batch-bytes to at least that, or leave it out"
+            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens{new}) needs {needed} for "
+            "one candidate; raise --batch-bytes to at least that, or leave it out"
         )
 
     def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
         return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
 
-    def _needed(self, steps: Sequence[Step], longest: int, prefix_tokens: int) -> int:
-        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values."""
+    def _needed(
+        self, steps: Sequence[Step], longest: int, prefix_tokens: int, candidates: int, max_new_tokens: int
+    ) -> int:
+        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values and the row's own."""
         held = self._cost.prefix_bytes(prefix_tokens, applications(steps))
         nodes = most_nodes(steps)
         at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
+        if max_new_tokens > 1:
+            at_work += self._cost.decode_bytes(longest, prefix_tokens, max_new_tokens, candidates)
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
     def _prefix_states(
@@ -237,3 +303,18 @@ class Scorer:
         if missing := {place for place in places if place not in states}:
             sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
         return states
+
+
+def _applications(sweep: Sweep, decoder: Decoder | None) -> int:
+    return sweep.layer_applications + (decoder.layer_applications if decoder is not None else 0)
+
+
+def _note(
+    scored: dict[int | None, _Scored],
+    candidates: Sequence[int | None],
+    rows: Sequence[int],
+    new: Sequence[Sequence[list[int]]],
+) -> None:
+    """Remember the new tokens (candidates, rows) of some rows."""
+    for layer, found in zip(candidates, new, strict=True):
+        scored[layer].tokens.update(zip(rows, found, strict=True))

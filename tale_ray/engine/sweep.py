@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from tale_ray.engine.arguments import learn_arguments
 from tale_ray.engine.memory import BatchMemory
-from tale_ray.engine.prefix import PrefixStates, SweepCache, stack
+from tale_ray.engine.prefix import PrefixStates, Record, SweepCache, stack
 from tale_ray.engine.streams import Node, Step, plan_sweep
 from tale_ray.model.load import LoadedModel
 
@@ -58,10 +59,8 @@ class Sweep:
         self._narrow = narrow
         self._pass: _Pass | None = None
         self._rows = 0
-        self._batched: dict[tuple[Any, ...], bool] = {}
-        self._is_tuple = False
         self.layer_applications = 0
-        self._learn_arguments()
+        self._arguments = learn_arguments(loaded.layers, self._run_rows)
 
     @torch.inference_mode()
     def run_prefix(
@@ -84,12 +83,13 @@ class Sweep:
         prefix: PrefixStates | None,
         memory: BatchMemory | None,
         head_rows: int,
+        record: Record | None = None,
     ) -> list[list[int]]:
         """Return the most likely next token of each row (without the prefix's tokens) at each final node.
 
-        The head runs on `head_rows` rows at a time.
+        The head runs on `head_rows` rows at a time. Every layer's keys and values are handed to `record`.
         """
-        last_nbd = self._last_states(finals, rows, prefix, memory)
+        last_nbd = self._last_states(finals, rows, prefix, memory, record)
         last_rd = last_nbd.flatten(0, 1)
         parts = [
             self._head(last_rd[start : start + head_rows]).argmax(-1) for start in range(0, len(last_rd), head_rows)
@@ -111,6 +111,7 @@ class Sweep:
         rows: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
         memory: BatchMemory | None,
+        record: Record | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (nodes, rows, hidden size) of each row's last token, before the final norm.
 
@@ -120,7 +121,7 @@ class Sweep:
         longest = max(map(len, rows))
         padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
         last_b = torch.tensor([len(row) - 1 for row in rows])
-        cache = SweepCache(prefix, writes=False) if prefix is not None else None
+        cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
         states = self._run(_Pass(steps, last_b, cache, memory), padded)
         return torch.cat([self._last(states[node], last_b) for node in finals])
 
@@ -146,12 +147,16 @@ class Sweep:
             raise Unfit("the decoder did not call its layers")
         return work.states
 
+    def _run_rows(self, num_rows: int) -> None:
+        tokens_bt = torch.zeros((num_rows, 2), dtype=torch.long, device=self._loaded.model.device)
+        self._decoder(input_ids=tokens_bt, use_cache=False)
+
     def _head(self, last_rd: torch.Tensor) -> torch.Tensor:
         """Return the logits (rows, vocabulary) of final hidden states, by the model's forward past all layers."""
         states_rtd = last_rd[:, None]
 
         def hand_over(_hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            return (states_rtd,) if self._is_tuple else states_rtd
+            return (states_rtd,) if self._arguments.returns_tuple else states_rtd
 
         tokens_rt = torch.zeros((len(last_rd), 1), dtype=torch.long, device=self._loaded.model.device)
         with self._loaded.layers.forwarding([hand_over] * self._loaded.layers.num_layers):
@@ -167,7 +172,7 @@ class Sweep:
 
             def forward(hidden_btd: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 self._at_layer(layer, own, hidden_btd, args, kwargs)
-                return (hidden_btd,) if self._is_tuple else hidden_btd
+                return (hidden_btd,) if self._arguments.returns_tuple else hidden_btd
 
             return forward
 
@@ -211,7 +216,7 @@ class Sweep:
             return value
         if value.ndim == 4:
             return value[:1]  # a mask: without padding it is the same for all rows
-        if self._batched.get(place):
+        if place in self._arguments.per_row:
             return value.repeat(num_nodes, *(1 for _ in value.shape[1:]))
         return value
 
@@ -232,39 +237,6 @@ class Sweep:
                 hooks = module._forward_pre_hooks
                 for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
                     del hooks[key]
-
-    @torch.inference_mode()
-    def _learn_arguments(self) -> None:
-        """Run the decoder on two and on three rows, to see which arguments of its layers grow with them."""
-        sizes: dict[tuple[Any, ...], set[int]] = {}
-        outputs: set[type] = set()
-
-        def note(value: Any, place: tuple[Any, ...]) -> None:
-            if isinstance(value, tuple | list):
-                for at, item in enumerate(value):
-                    note(item, (*place, at))
-            elif isinstance(value, torch.Tensor) and value.ndim > 1:
-                sizes.setdefault(place, set()).add(value.shape[0])
-
-        def noting(own: Any) -> Any:
-            def forward(hidden_btd: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                for at, value in enumerate(args):
-                    note(value, (at,))
-                for name, value in kwargs.items():
-                    note(value, (name,))
-                found = own(hidden_btd, *args, **kwargs)
-                outputs.add(type(found))
-                return found
-
-            return forward
-
-        layers = self._loaded.layers
-        with layers.forwarding([noting(layer.forward) for layer in layers.full]):
-            for num_rows in (2, 3):
-                tokens_bt = torch.zeros((num_rows, 2), dtype=torch.long, device=self._loaded.model.device)
-                self._decoder(input_ids=tokens_bt, use_cache=False)
-        self._batched = {place: True for place, found in sizes.items() if len(found) > 1}
-        self._is_tuple = outputs == {tuple}
 
 
 def _known(memory: BatchMemory | None) -> Callable[[int, Node], bool]:

@@ -118,8 +118,14 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int)
             bos_token_id=neutral.bos_token_id,
         ),
     )
-    ends = set(end) if isinstance(end, list) else {end}
+    ends = end_tokens(model)
     return [_until_end(tokens[longest:], ends) for tokens in written_bt.tolist()]
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Return the tokens that end a reply."""
+    end = model.generation_config.eos_token_id
+    return set(end) if isinstance(end, list) else {end} - {None}
 
 
 def _has_attention(model: Any) -> bool:
