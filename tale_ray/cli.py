@@ -128,7 +128,7 @@ resource_options = _options(
         help="How long the first worker may look for a place.",
     ),
     click.option(
-        "--batch-bytes", metavar="B", help="Memory of one micro-batch, e.g. 2GiB.  [default: chosen from the device]"
+        "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
     ),
 )
 time_limit_option = click.option(

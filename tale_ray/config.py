@@ -279,7 +279,7 @@ class ResourceSection:
     gpus_per_worker: int = 0
     cpus_per_worker: int = 1
     wait_resources_seconds: float = 60.0
-    batch_bytes: int | None = None  # activations of one micro-batch; None: chosen from the device
+    batch_bytes: int | None = None  # working memory of a worker, beside the model; None: chosen from the device
 
     def __post_init__(self) -> None:
         _check_kinds(self)
