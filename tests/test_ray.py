@@ -28,7 +28,7 @@ from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, PoisonUnit, WorkersLost
 from tale_ray.model.load import load_model
 from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
-from tale_ray.search.driver import RoundFinished
+from tale_ray.search import driver
 from tale_ray.search.executor import Questions, UnitDone, WorkerJoined, WorkerLost
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pool import Pool, ScoringAdvanced
@@ -102,13 +102,17 @@ def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced(executor: Callable[
     ray.share(Questions({"search": ROWS}, ANSWER, max_new_tokens=100))
     (joined,) = wait_for(lambda: ray.poll(1.0))
     assert joined == WorkerJoined("worker-0")
-    ray.submit("worker-0", long_unit(1))
-    ray.submit("worker-0", long_unit(2, rows=1))
+    for number in range(100):
+        ray.submit("worker-0", long_unit(number))
     (process,) = wait_for(lambda: workers_of_this_session("ray::WorkerActor.score"))
     process.send_signal(signal.SIGKILL)
-    (lost,) = wait_for(lambda: ray.poll(1.0))
+    seen: list[Any] = []
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or any(isinstance(each, WorkerLost) for each in seen))
+    *finished, lost = seen
     assert isinstance(lost, WorkerLost)
     assert lost.worker == "worker-0"
+    assert all(isinstance(each, UnitDone) for each in finished)
+    assert len(finished) < 100
     assert wait_for(lambda: ray.poll(1.0)) == (joined,)  # the new one has the questions, which were shared before it
     ray.submit("worker-0", long_unit(2, rows=1))
     (done,) = wait_for(lambda: ray.poll(1.0))
@@ -147,7 +151,14 @@ def task(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(folder: Path, task: Path) -> dict[str, Any]:
-    return {"model": str(folder), "task": str(task), "splits": "search=0.7,test=0.3", "epsilon": "1", "max_removed": 2}
+    return {
+        "model": str(folder),
+        "task": str(task),
+        "splits": "search=0.7,test=0.3",
+        "epsilon": "1",
+        "max_removed": 2,
+        "exhaustive": True,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -158,26 +169,40 @@ def undisturbed(folder: Path, task: Path, tmp_path_factory: pytest.TempPathFacto
     return decisions(run.summary)
 
 
+AT_WORK = "ray::WorkerActor.score"
+
+
+def kill_at_work(worker: psutil.Process) -> bool:
+    """Kill a worker if, brought to a halt, it is found in the middle of a unit."""
+    worker.suspend()
+    if " ".join(worker.cmdline()).startswith(AT_WORK):
+        worker.kill()
+        return True
+    worker.resume()
+    return False
+
+
 def decisions(summary: dict[str, Any]) -> dict[str, Any]:
     names = ("baseline", "rounds", "rejected_round", "best", "bsba", "final", "test", "stop_reason", "state")
     return {name: summary[name] for name in names}
 
 
 def test_a_search_that_loses_a_worker_decides_the_same(
-    ray_address: str, folder: Path, task: Path, undisturbed: dict[str, Any], tmp_path: Path
+    ray_address: str,
+    folder: Path,
+    task: Path,
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(driver, "LEAST_UNIT_SECONDS", 0.0)  # many units, so that one is always under way
     config = make_config(**options(folder, task), address=ray_address, workers=2, run=str(tmp_path / "run"))
     others = {process.pid for process in workers_of_this_session()}  # of earlier tests, on their way out
-    stopped: psutil.Process | None = None
+    killed = False
     for event in run_search(config, Interruption()):
-        match event:
-            case RoundFinished() if stopped is None:
-                ours = [each for each in workers_of_this_session("ray::WorkerActor") if each.pid not in others]
-                stopped = ours[0]
-                stopped.suspend()  # it gets units of the next round, and cannot finish them
-            case ScoringAdvanced(scoring=scoring) if scoring.scope == "round-0001":
-                if stopped is not None and stopped.is_running():
-                    stopped.kill()
+        if not killed and isinstance(event, ScoringAdvanced):
+            killed = any(kill_at_work(each) for each in workers_of_this_session(AT_WORK) if each.pid not in others)
+    assert killed
     summary = Run(str(tmp_path / "run")).summary
     assert decisions(summary) == undisturbed
     assert summary["work"]["retries"] >= 1
