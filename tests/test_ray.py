@@ -474,9 +474,9 @@ finally:
 
 
 def command_line(folder: Path, task: Path, run: Path, *more: str) -> list[str]:
-    words = [
-        word for name, value in options(folder, task).items() for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    words: list[str] = []
+    for name, value in options(folder, task).items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return [sys.executable, "-c", COMMAND, "search", *words, "--run", str(run), *more]
 
 
