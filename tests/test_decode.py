@@ -22,6 +22,8 @@ from tale_ray.errors import ConfigError
 from tale_ray.records import PromptRow, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 
+pytestmark = pytest.mark.slow
+
 ANSWER = AnswerSpec(type="regex", pattern=r"(t\d+)")
 BYTES = 2**30
 UNFIT = {"lfm2"}  # convolutions keep states that are not keys and values

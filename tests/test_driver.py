@@ -128,6 +128,7 @@ def test_other_ends_equal_the_oracle(tmp_path: Path, strategy: dict[str, object]
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("epsilon", ["0", "0.08", "0.3"])
 def test_racing_changes_no_decision(tmp_path: Path, seed: int, epsilon: str) -> None:

@@ -78,6 +78,7 @@ def check(scheduler: Scheduler, matrix: Matrix) -> None:
     assert scheduler.work.candidate_rows == sum(each.seen for each in scores)
 
 
+@pytest.mark.slow
 def test_the_winner_is_the_exhaustive_one_in_ten_thousand_races() -> None:
     rng = random.Random(0)
     left_out = 0
