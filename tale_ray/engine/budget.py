@@ -11,6 +11,7 @@ from tale_ray.errors import ConfigError
 
 _CPU_BATCH_BYTES = 32 * 2**20  # larger ones leave the CPU's caches, and their memory is mapped anew for every product
 _CPU_SHARE = 8  # of the memory that is free
+_LEAST_PACK_TOKENS, _MOST_PACK_TOKENS = 32, 512
 _LOGIT_BYTES = 4  # soft-caps and argmax work in float32 in most families
 
 
@@ -38,9 +39,12 @@ class RowCost:
         return numbers * self.value_bytes + self.logit_bytes
 
     def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
-        """Return the bytes of one row of a sweep: all its nodes at the widest layer, keys and values of that layer."""
+        """Return the bytes of one line of a sweep: all its nodes at the widest layer, keys and values of that layer.
+
+        And a mask for each node, which lines that hold trees have.
+        """
         seen = prefix_tokens + num_tokens
-        per_node = num_tokens * self._per_token(seen) + 2 * seen * self.layer_cache_values
+        per_node = num_tokens * (self._per_token(seen) + seen) + 2 * seen * self.layer_cache_values
         return nodes * per_node * self.value_bytes + self.logit_bytes
 
     def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
@@ -56,6 +60,14 @@ class RowCost:
         seen = before + num_tokens + new_tokens
         cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
         return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens on a line that several rows share, so that attention within it adds a tenth to a layer's products.
+
+        A token meets 2 hidden_size + 3 widest columns of weights, and twice each key of its line, seen or not.
+        """
+        return min(_MOST_PACK_TOKENS, max(_LEAST_PACK_TOKENS, (2 * self.hidden_size + 3 * self.widest) // 20))
 
     @property
     def logit_bytes(self) -> int:

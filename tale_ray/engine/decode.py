@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tale_ray.engine.arguments import LayerArguments, Place, learn_arguments
+from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
 from tale_ray.engine.streams import Node
@@ -125,7 +126,7 @@ class Decoder:
             for prefill in prefills:
                 fill = _Fill(ring, cache, prefix, lengths, prefill, max(lengths) + max_new_tokens - 1)
                 rows = [prompts[at] for at in prefill]
-                found = self._sweep.next_tokens(order, rows, prefix, None, head_rows, fill.record)
+                found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, head_rows, fill.record)
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
             self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)

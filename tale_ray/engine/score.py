@@ -6,7 +6,7 @@ candidates together, where the model fits them; everything else takes the plain 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_co
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
@@ -51,7 +52,7 @@ class Scorer:
         self._loaded = loaded
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
-        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
         self._memory = StateMemory()
@@ -223,11 +224,9 @@ class Scorer:
             row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
             one_row, held = row_bytes(max(lengths)), held + self._memory.limit
             if decoder is None:
-                for batch in batches(lengths, max(one_row, self.budget.after(held)), row_bytes):
-                    own = [suffixes[at] for at in batch]
-                    names = [(unit.split, len(prefix), order[at]) for at in batch]
-                    memory = self._memory.of(names, [len(suffix) for suffix in own])
-                    found = sweep.next_tokens(finals, own, states, memory, head_rows)
+                for batch, layout in self._layouts(suffixes, max(one_row, self.budget.after(held)), row_bytes):
+                    memory = self._memory.of([(unit.split, len(prefix), order[at]) for at in batch], layout)
+                    found = sweep.next_tokens(finals, layout, states, memory, head_rows)
                     first = [[[token] for token in tokens] for tokens in found]
                     _note(scored, candidates, [order[at] for at in batch], first)
                 continue
@@ -241,6 +240,23 @@ class Scorer:
                 ends = end_tokens(self._loaded.model)
                 new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, prefills, head_rows)
                 _note(scored, candidates, [order[at] for at in batch], new)
+
+    def _layouts(
+        self, rows: Sequence[Sequence[int]], budget_bytes: int, line_bytes: Callable[[int], int]
+    ) -> Iterator[tuple[list[int], Layout]]:
+        """Yield micro-batches within the budget: positions of their rows, and how these lie in them."""
+        lengths = [len(row) for row in rows]
+        if not self.fit.trees:
+            for batch in batches(lengths, budget_bytes, line_bytes):
+                yield batch, lay_lines([rows[at] for at in batch])
+            return
+        most = max(max(lengths), self._cost.pack_tokens)
+        while most > max(lengths) and line_bytes(most) > budget_bytes:
+            most = max(max(lengths), most // 2)
+        packs = pack_rows(rows, most)
+        for batch in batches([len(pack.tokens) for pack in packs], budget_bytes, line_bytes):
+            chosen = [packs[at] for at in batch]
+            yield [row for pack in chosen for row in pack.rows], lay_packs(chosen)
 
     def _blocks(
         self,
@@ -301,7 +317,7 @@ class Scorer:
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
         states.keep(places)
         if missing := {place for place in places if place not in states}:
-            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
+            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], lay_lines([prefix])))
         return states
 
 
