@@ -38,14 +38,19 @@ class RowCost:
         numbers = num_tokens * self._per_token(num_tokens) + 2 * cache_values
         return numbers * self.value_bytes + self.logit_bytes
 
-    def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
-        """Return the bytes of one line of a sweep: all its nodes at the widest layer, keys and values of that layer.
-
-        And a mask for each node, which lines that hold trees have.
-        """
+    def work_bytes(self, num_tokens: int, prefix_tokens: int) -> int:
+        """Return the bytes that a layer works in on one line of one node: activations, keys and values, and a mask."""
         seen = prefix_tokens + num_tokens
-        per_node = num_tokens * (self._per_token(seen) + seen) + 2 * seen * self.layer_cache_values
-        return nodes * per_node * self.value_bytes + self.logit_bytes
+        numbers = num_tokens * (self._per_token(seen) + seen) + 2 * seen * self.layer_cache_values
+        return numbers * self.value_bytes
+
+    def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
+        """Return the bytes of one line of a sweep: the states of all nodes, and a layer at work on one of them.
+
+        The states below the layer, those above it, and a copy where they do not lie together.
+        """
+        states = 3 * nodes * num_tokens * self.hidden_size * self.value_bytes
+        return states + self.work_bytes(num_tokens, prefix_tokens) + self.logit_bytes
 
     def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
         """Return the bytes of a prefix's keys and values at so many (layer, node) places."""

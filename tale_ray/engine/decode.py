@@ -23,7 +23,7 @@ from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
 from tale_ray.engine.streams import Node
-from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.sweep import Portions, Sweep
 from tale_ray.model.load import LoadedModel
 
 _WORTH_LEAVING = 0.25  # of the rows have ended: copying the others' caches costs less than running them along
@@ -93,8 +93,7 @@ class Decoder:
         prefix: PrefixStates | None,
         max_new_tokens: int,
         ends: Collection[int],
-        prefills: Sequence[Sequence[int]],
-        head_rows: int,
+        prefills: Sequence[tuple[Sequence[int], Portions]],
         observe: Callable[[torch.Tensor], None] | None = None,
     ) -> list[list[list[int]]]:
         """Return the new tokens, the end token included, of each prompt at each final node.
@@ -107,8 +106,7 @@ class Decoder:
             prefix: keys and values of what all prompts begin with.
             max_new_tokens: at most so many, at least one.
             ends: tokens that end a reply.
-            prefills: micro-batches of the sweep, as positions in `prompts`.
-            head_rows: so many rows of the sweep go through the head at once.
+            prefills: micro-batches of the sweep, as positions in `prompts`, and their portions.
             observe: is called with the logits (rows, vocabulary) of each decoding step, ordered by final node (those
                 of `ring_order`) and prompt; of rows that have ended, too, until they leave.
         """
@@ -123,10 +121,10 @@ class Decoder:
         )
         cache = DecodeCache()
         try:
-            for prefill in prefills:
+            for prefill, portions in prefills:
                 fill = _Fill(ring, cache, prefix, lengths, prefill, max(lengths) + max_new_tokens - 1)
                 rows = [prompts[at] for at in prefill]
-                found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, head_rows, fill.record)
+                found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, portions, fill.record)
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
             self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)
@@ -256,10 +254,10 @@ class _Fill:
     num_slots: int
 
     def record(self, layer: int, nodes: tuple[Node, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store the keys and values (nodes x examples, heads, tokens, size) of a layer."""
+        """Store the keys and values (nodes x examples, heads, tokens, size) of some of a layer's nodes."""
         order = [final for final, at in self.ring.running(layer) if at == 0]
         below = [tuple(removed for removed in self.ring.finals[final] if removed < layer) for final in order]
-        runs = _runs([nodes.index(node) for node in below])
+        runs = _runs([(row, nodes.index(node)) for row, node in enumerate(below) if node in nodes])
         num_rows = len(order) * len(self.lengths)
         if layer not in self.cache.states:
             self.cache.states[layer] = (
@@ -282,11 +280,11 @@ class _Fill:
                     states_fksh[finals, :, middle:end] = own_nkth[found, :, : end - middle]
 
 
-def _runs(of_node: Sequence[int]) -> list[tuple[slice, slice]]:
+def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
     """Return which stretches of rows take which stretches of nodes: one node for all, or one after another."""
     runs: list[tuple[slice, slice]] = []
-    for row, node in enumerate(of_node):
-        if runs:
+    for row, node in places:
+        if runs and row == runs[-1][0].stop:
             rows, nodes = runs[-1]
             length, size = rows.stop - rows.start, nodes.stop - nodes.start
             if node == nodes.stop and length == size:

@@ -12,7 +12,7 @@ from tale_ray.engine.layout import lay_lines, lay_packs, pack_rows
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.ring import ring_order
 from tale_ray.engine.streams import Node, final_node, plan_sweep
-from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.sweep import Portions, Sweep
 from tale_ray.errors import Interrupted
 from tale_ray.model.load import LoadedModel
 
@@ -105,8 +105,8 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
     def observe(logits_rv: torch.Tensor) -> None:
         steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
 
-    everything = [range(len(rows))]
-    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, len(finals) * len(rows), observe)
+    everything = [(range(len(rows)), Portions())]
+    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, observe)
     differences, largest = [0.0], 1e-6
     for at, final in enumerate(finals):
         for step, logits_nbv in enumerate(steps_nbv, start=1):

@@ -37,10 +37,11 @@ class Layout:
 
     def positions(self, prefix_tokens: int) -> torch.Tensor:
         """Return the position (lines, slots) of every token in its row; 0 for padding."""
-        positions = torch.zeros(self.num_lines * self.num_slots, dtype=torch.long)
+        positions = [0] * (self.num_lines * self.num_slots)
         for slots in self.slots:
-            positions[list(slots)] = torch.arange(prefix_tokens, prefix_tokens + len(slots))
-        return positions.view(self.num_lines, self.num_slots)
+            for position, slot in enumerate(slots, start=prefix_tokens):
+                positions[slot] = position
+        return torch.tensor(positions).view(self.num_lines, self.num_slots)
 
     def sees(self, prefix_tokens: int, window: int | None) -> torch.Tensor:
         """Return which key each token sees (lines, slots, prefix and slots): the prefix, its ancestors and itself.

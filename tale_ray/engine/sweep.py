@@ -66,9 +66,18 @@ class _Pass:
     cache: SweepCache | None
     memory: BatchMemory | None
     trees: TreeMasks | None  # of a layout of trees
+    most_nodes: int  # that a layer is applied to at once
     states: dict[Node, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of the boundary: (n b t d, position)
-    block: torch.Tensor | None = None  # what the last layer that ran has computed
+    ran: bool = False  # any layer
     repeated: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)  # per-row arguments, once a node
+
+
+@dataclass(frozen=True, slots=True)
+class Portions:
+    """How much of a sweep is at work at once, for memory's sake and so that it stays in a CPU's caches."""
+
+    nodes: int | None = None  # that a layer is applied to; None: all
+    head_rows: int | None = None  # that the head is applied to; None: all
 
 
 class Sweep:
@@ -105,10 +114,12 @@ class Sweep:
         token_ids: Sequence[int],
         wanted: Collection[tuple[int, Node]],
         memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
     ) -> None:
         """Compute the keys and values of the tokens at some (layer, node) places."""
         steps = plan_sweep(self._loaded.layers.num_layers, (), wanted, _known(memory))
-        self._run(_Pass(steps, lay_lines([token_ids]), None, SweepCache(prefix, writes=True), memory, None))
+        cache = SweepCache(prefix, writes=True)
+        self._run(_Pass(steps, lay_lines([token_ids]), None, cache, memory, None, _nodes(steps, portions)))
 
     @torch.inference_mode()
     def next_tokens(
@@ -116,26 +127,25 @@ class Sweep:
         finals: Sequence[Node],
         layout: Layout,
         prefix: PrefixStates | None,
-        memory: BatchMemory | None,
-        head_rows: int,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
         record: Record | None = None,
     ) -> list[list[int]]:
         """Return the most likely next token of each row (without the prefix's tokens) at each final node.
 
-        The head runs on `head_rows` rows at a time. Every layer's keys and values are handed to `record`.
+        Every layer's keys and values are handed to `record`, those of all nodes together.
         """
-        last_nrd = self._last_states(finals, layout, prefix, memory, record)
+        last_nrd = self._last_states(finals, layout, prefix, memory, portions, record)
         last_sd = last_nrd.flatten(0, 1)
-        parts = [
-            self._head(last_sd[start : start + head_rows]).argmax(-1) for start in range(0, len(last_sd), head_rows)
-        ]
+        size = portions.head_rows or len(last_sd)
+        parts = [self._head(last_sd[start : start + size]).argmax(-1) for start in range(0, len(last_sd), size)]
         found: list[list[int]] = torch.cat(parts).view(last_nrd.shape[:2]).tolist()
         return found
 
     @torch.inference_mode()
     def next_logits(self, finals: Sequence[Node], layout: Layout, prefix: PrefixStates | None) -> torch.Tensor:
         """Return the logits (nodes, rows, vocabulary) after each row at each final node."""
-        last_nrd = self._last_states(finals, layout, prefix, None)
+        last_nrd = self._last_states(finals, layout, prefix)
         return self._head(last_nrd.flatten(0, 1)).view(*last_nrd.shape[:2], -1)
 
     def _last_states(
@@ -143,15 +153,17 @@ class Sweep:
         finals: Sequence[Node],
         layout: Layout,
         prefix: PrefixStates | None,
-        memory: BatchMemory | None,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
         record: Record | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (nodes, rows, hidden size) of each row's last token, before the final norm."""
         steps = plan_sweep(self._loaded.layers.num_layers, finals, (), _known(memory))
         reads_r = torch.tensor(layout.last_slots)
         cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
-        trees = self._tree_masks(layout, prefix, most_nodes(steps)) if layout.is_tree else None
-        states = self._run(_Pass(steps, layout, reads_r, cache, memory, trees))
+        at_once = _nodes(steps, portions) if record is None else most_nodes(steps)
+        trees = self._tree_masks(layout, prefix, at_once) if layout.is_tree else None
+        states = self._run(_Pass(steps, layout, reads_r, cache, memory, trees, at_once))
         return torch.stack([_read(states[node], reads_r) for node in finals])
 
     def _tree_masks(self, layout: Layout, prefix: PrefixStates | None, num_nodes: int) -> TreeMasks:
@@ -174,7 +186,7 @@ class Sweep:
         finally:
             self._pass = None
             self.widen()
-        if any(step.runs for step in work.steps) and work.block is None:
+        if any(step.runs for step in work.steps) and not work.ran:
             raise Unfit("the decoder did not call its layers")
         return work.states
 
@@ -223,30 +235,39 @@ class Sweep:
         assert work is not None, "layers are ours during a pass only"
         if layer == 0:
             work.states = {(): (hidden_btd[None], 0)}
-        step, num_lines = work.steps[layer], work.layout.num_lines
+        step = work.steps[layer]
         below, above = work.states, {}
         for node in step.passes:
             above[node] = below[node[:-1]]
-        if step.runs:
-            order = sorted(step.runs, key=lambda node: (below[node][0] is not work.block, below[node][1], node))
-            stacked_nbtd = stack([below[node] for node in order])
-            num_nodes = len(order)
-            if work.cache is not None:
-                work.cache.layer, work.cache.nodes = layer, tuple(order)
-            found = own(
-                stacked_nbtd.flatten(0, 1),
-                *(self._fit(work, layer, value, num_nodes, (at,)) for at, value in enumerate(args)),
-                **{name: self._fit(work, layer, value, num_nodes, (name,)) for name, value in kwargs.items()},
-            )
-            found = found[0] if isinstance(found, tuple) else found
-            work.block = found.reshape(num_nodes, num_lines, *found.shape[1:])
-            above.update((node, (work.block, at)) for at, node in enumerate(order) if node in step.kept)
+        block_order = {id(tensor): at for at, (tensor, _) in enumerate(below.values())}  # what lies together runs so
+        order = sorted(step.runs, key=lambda node: (block_order[id(below[node][0])], below[node][1], node))
+        for start in range(0, len(order), work.most_nodes):
+            nodes = tuple(order[start : start + work.most_nodes])
+            block_nbtd = self._apply(work, layer, own, nodes, args, kwargs)
+            above.update((node, (block_nbtd, at)) for at, node in enumerate(nodes) if node in step.kept)
             if work.memory is not None and not step.last_only:
-                work.memory.add(layer + 1, order, work.block)
-            self.layer_applications += num_nodes * len(work.layout.slots)
+                work.memory.add(layer + 1, nodes, block_nbtd)
         if work.memory is not None:
             above.update((node, (work.memory.load(layer + 1, node), 0)) for node in step.loads)
         work.states = above
+
+    def _apply(
+        self, work: _Pass, layer: int, own: Any, nodes: tuple[Node, ...], args: Any, kwargs: Any
+    ) -> torch.Tensor:
+        """Return what a layer makes of some nodes (nodes, lines, slots, hidden size)."""
+        stacked_nbtd = stack([work.states[node] for node in nodes])
+        if work.cache is not None:
+            work.cache.layer, work.cache.nodes = layer, nodes
+        found = own(
+            stacked_nbtd.flatten(0, 1),
+            *(self._fit(work, layer, value, len(nodes), (at,)) for at, value in enumerate(args)),
+            **{name: self._fit(work, layer, value, len(nodes), (name,)) for name, value in kwargs.items()},
+        )
+        found = found[0] if isinstance(found, tuple) else found
+        work.ran = True
+        self.layer_applications += len(nodes) * len(work.layout.slots)
+        block_nbtd: torch.Tensor = found.reshape(len(nodes), work.layout.num_lines, *found.shape[1:])
+        return block_nbtd
 
     def _fit(self, work: _Pass, layer: int, value: Any, num_nodes: int, place: tuple[Any, ...]) -> Any:
         """Return a layer's argument for all nodes: what is the same for all rows once, the rest once a node."""
@@ -265,7 +286,7 @@ class Sweep:
         if place not in arguments.per_row or value.shape[0] == 1:
             return value
         if (known := work.repeated.get(id(value))) is None:  # once a pass, not once a layer
-            repeated = value.repeat(most_nodes(work.steps), *(1 for _ in value.shape[1:]))
+            repeated = value.repeat(work.most_nodes, *(1 for _ in value.shape[1:]))
             known = work.repeated[id(value)] = (value, repeated)  # the value, too: its id stays its
         return known[1][: num_nodes * value.shape[0]]
 
@@ -290,6 +311,10 @@ class Sweep:
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for key in [key for key, hook in hooks.items() if isinstance(hook, _Gather | _Scatter)]:
                         del hooks[key]
+
+
+def _nodes(steps: Sequence[Step], portions: Portions) -> int:
+    return min(most_nodes(steps), portions.nodes or most_nodes(steps))
 
 
 def _read(state: tuple[torch.Tensor, int], reads_r: torch.Tensor) -> torch.Tensor:
