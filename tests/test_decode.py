@@ -16,7 +16,7 @@ from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.ring import Ring, ring_order
 from tale_ray.engine.score import Scorer
 from tale_ray.engine.streams import applications, final_node, plan_sweep
-from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.sweep import Portions, Sweep
 from tale_ray.engine.view import view_tokens
 from tale_ray.errors import ConfigError
 from tale_ray.records import PromptRow, WorkUnit
@@ -38,9 +38,9 @@ def one_thread():
 def decode(decoder, loaded, removed, candidates, prompts, new_tokens, *, prefills=None, ends=None, prefix=None):
     """New tokens by candidate and row."""
     finals = [final_node(removed, layer) for layer in candidates]
-    plan = prefills or [range(len(prompts))]
+    plan = [(rows, Portions(nodes=2, head_rows=7)) for rows in prefills or [range(len(prompts))]]
     ends = end_tokens(loaded.model) if ends is None else ends
-    return decoder.new_tokens(finals, prompts, prefix, new_tokens, ends, plan, 7)
+    return decoder.new_tokens(finals, prompts, prefix, new_tokens, ends, plan)
 
 
 def plain(loaded, removed, candidates, prompts, new_tokens):
