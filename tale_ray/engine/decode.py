@@ -12,7 +12,7 @@ d hidden size, v vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
 from tale_ray.engine.streams import Node
 from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending
 from tale_ray.model.load import LoadedModel
 
 _WORTH_LEAVING = 0.25  # of the rows have ended: copying the others' caches costs less than running them along
@@ -92,7 +93,7 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
         max_new_tokens: int,
-        ends: Collection[int],
+        ending: Ending,
         prefills: Sequence[tuple[Sequence[int], Portions]],
         observe: Callable[[torch.Tensor], None] | None = None,
     ) -> list[list[list[int]]]:
@@ -105,7 +106,7 @@ class Decoder:
             prompts: without the prefix's tokens.
             prefix: keys and values of what all prompts begin with.
             max_new_tokens: at most so many, at least one.
-            ends: tokens that end a reply.
+            ending: when a reply ends before that.
             prefills: micro-batches of the sweep, as positions in `prompts`, and their portions.
             observe: is called with the logits (rows, vocabulary) of each decoding step, ordered by final node (those
                 of `ring_order`) and prompt; of rows that have ended, too, until they leave.
@@ -127,7 +128,7 @@ class Decoder:
                 found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, portions, fill.record)
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
-            self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)
+            self._decode(ring, cache, lengths, new, max_new_tokens, ending, observe)
         finally:
             self._batch = None
         position = {final: at for at, final in enumerate(order)}
@@ -140,10 +141,10 @@ class Decoder:
         lengths: Sequence[int],
         new: dict[tuple[int, int], list[int]],
         max_new_tokens: int,
-        ends: Collection[int],
+        ending: Ending,
         observe: Callable[[torch.Tensor], None] | None,
     ) -> None:
-        """Lengthen the rows of `new`, which have one token, until each has its end token or `max_new_tokens`."""
+        """Lengthen the rows of `new`, which have one token, until each has ended or has `max_new_tokens`."""
         device = self._loaded.model.device
         cache.length = max(lengths)
         padding_r = torch.tensor([cache.length - lengths[at] for _, at in ring.rows], device=device)
@@ -156,8 +157,9 @@ class Decoder:
             tokens_r1=torch.tensor([new[row] for row in ring.rows], device=device),
         )
         with self._loaded.layers.forwarding([self._forward(layer) for layer in range(ring.num_layers)]):
+            over = {row for row in batch.ring.rows if ending.is_over(new[row])}
             for _ in range(max_new_tokens - 1):
-                going = [at for at, row in enumerate(batch.ring.rows) if new[row][-1] not in ends]
+                going = [at for at, row in enumerate(batch.ring.rows) if row not in over]
                 if not going:
                     return
                 if len(going) <= (1 - _WORTH_LEAVING) * len(batch.ring.rows):
@@ -167,8 +169,10 @@ class Decoder:
                     observe(logits_rv.roll(batch.ring.turned, 0))
                 batch.tokens_r1 = logits_rv.argmax(-1, keepdim=True).roll(batch.ring.turned, 0)
                 for row, token in zip(batch.ring.rows, batch.tokens_r1[:, 0].tolist(), strict=True):
-                    if new[row][-1] not in ends:
+                    if row not in over:
                         new[row].append(token)
+                        if ending.is_over(new[row]):
+                            over.add(row)
 
     def _leave(self, batch: _Batch, going: Sequence[int]) -> None:
         """Go on with some of the rows only."""

@@ -13,6 +13,7 @@ from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.ring import ring_order
 from tale_ray.engine.streams import Node, final_node, plan_sweep
 from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending
 from tale_ray.errors import Interrupted
 from tale_ray.model.load import LoadedModel
 
@@ -106,7 +107,7 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
         steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
 
     everything = [(range(len(rows)), Portions())]
-    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, observe)
+    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, Ending(frozenset()), everything, observe)
     differences, largest = [0.0], 1e-6
     for at, final in enumerate(finals):
         for step, logits_nbv in enumerate(steps_nbv, start=1):

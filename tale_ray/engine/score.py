@@ -19,11 +19,11 @@ from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Portions, Sweep
-from tale_ray.engine.view import end_tokens, view_tokens
+from tale_ray.engine.view import Ending, end_tokens, view_tokens
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
-from tale_ray.tasks.answers import is_correct, parse_answer
+from tale_ray.tasks.answers import cut_reply, is_correct, is_settled, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 logger = logging.getLogger("tale_ray.engine")
@@ -131,7 +131,7 @@ class Scorer:
         self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        scored, layer_applications = self._tokens(unit, rows, max_new_tokens)
+        scored, layer_applications = self._tokens(unit, rows, max_new_tokens, self._ending(answer))
         answers = tuple(
             CandidateAnswers(
                 layer,
@@ -146,25 +146,36 @@ class Scorer:
         """Return what new tokens answer; most replies of one token have been read before."""
         key = (answer, tuple(tokens), target)
         if (known := self._answers.get(key)) is None:
-            reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+            reply = cut_reply(answer, self._text(tokens))
             prediction = parse_answer(answer, reply)
             known = RowAnswer(reply, prediction, is_correct(answer, prediction, target))
             if len(self._answers) < _MOST_ANSWERS:
                 self._answers[key] = known
         return known
 
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _ending(self, answer: AnswerSpec) -> Ending:
+        """Return when a reply ends: at an end token, or once it cannot answer anything else."""
+        may_settle = answer.stop or answer.type in ("choice", "word")
+        return Ending(
+            frozenset(end_tokens(self._loaded.model)),
+            (lambda tokens: is_settled(answer, self._text(tokens))) if may_settle else None,
+        )
+
     def _tokens(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         """Return new tokens by candidate, by the fastest path that the model fits, and layer applications."""
         sweep = self.fit.sweep
         if sweep is None:
-            return self._viewed(unit, rows, max_new_tokens)
+            return self._viewed(unit, rows, max_new_tokens, ending)
         try:
             decoder = self._fitted_decoder(sweep) if max_new_tokens > 1 else None
             if max_new_tokens > 1 and decoder is None:
-                return self._viewed(unit, rows, max_new_tokens)
-            return self._swept(sweep, decoder, unit, rows, max_new_tokens)
+                return self._viewed(unit, rows, max_new_tokens, ending)
+            return self._swept(sweep, decoder, unit, rows, max_new_tokens, ending)
         finally:  # once more: a signal may have interrupted the tidying up itself
             sweep.widen()
             self._loaded.layers.restore()
@@ -181,7 +192,7 @@ class Scorer:
     # The plain path.
 
     def _viewed(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         prompts = [rows[row].token_ids for row in unit.rows]
         scored: dict[int | None, _Scored] = {}
@@ -189,7 +200,7 @@ class Scorer:
         for layer in unit.candidates:
             started = time.monotonic()
             removed = final_node(unit.removed, layer)
-            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch)
+            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch, ending)
             layer_applications += (self._loaded.layers.num_layers - len(removed)) * sum(map(len, tokens))
             scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
         return scored, layer_applications
@@ -197,7 +208,13 @@ class Scorer:
     # The sweep, and decoding on from it.
 
     def _swept(
-        self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self,
+        sweep: Sweep,
+        decoder: Decoder | None,
+        unit: WorkUnit,
+        rows: Sequence[PromptRow],
+        max_new_tokens: int,
+        ending: Ending,
     ) -> tuple[dict[int | None, _Scored], int]:
         before = _applications(sweep, decoder)
         self._memory.start(unit.removed)
@@ -213,7 +230,7 @@ class Scorer:
             longest = max(map(len, found.values()))
             self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
         for prefix, found in groups:
-            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, scored)
+            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, ending, scored)
         seconds = time.monotonic() - started
         for each in scored.values():
             each.seconds = seconds / len(scored)
@@ -237,6 +254,7 @@ class Scorer:
         prefix: tuple[int, ...],
         prompts: dict[int, tuple[int, ...]],
         max_new_tokens: int,
+        ending: Ending,
         scored: dict[int | None, _Scored],
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
@@ -271,8 +289,7 @@ class Scorer:
                     (rows, left.portions(lay_lines([own[at] for at in rows])))
                     for rows in batches([len(suffix) for suffix in own], left.total, left.line_bytes)
                 ]
-                ends = end_tokens(self._loaded.model)
-                new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, fills)
+                new = decoder.new_tokens(finals, own, states, max_new_tokens, ending, fills)
                 _note(scored, candidates, [order[at] for at in batch], new)
 
     def _layouts(self, rows: Sequence[Sequence[int]], room: "_Room") -> Iterator[tuple[list[int], Layout]]:
