@@ -89,7 +89,7 @@ class Sweep:
     def __init__(self, loaded: LoadedModel, *, narrow: bool = True) -> None:
         self._loaded = loaded
         self._decoder: Any = loaded.model.get_decoder()
-        self._narrow = narrow
+        self._narrowable = [_narrowable(layer) for layer in loaded.layers.full] if narrow else []
         self._pass: _Pass | None = None
         self.layer_applications = 0
         self._arguments = learn_arguments(loaded.layers, self._run_lines)
@@ -292,22 +292,20 @@ class Sweep:
 
     def _narrow_layers(self, work: _Pass) -> None:
         """Let the feed-forward part of layers of which only some slots are needed run there only."""
-        if not self._narrow:
-            return
         layout = work.layout
         slots_r = torch.zeros(1, dtype=torch.long) if work.reads_r is None else work.reads_r
         gather = _Gather(slots_r, layout.num_lines * layout.num_slots)
         scatter = _Scatter(slots_r, layout.num_lines, layout.num_slots)
-        for step, layer in zip(work.steps, self._loaded.layers.full, strict=True):
+        for step, modules in zip(work.steps, self._narrowable, strict=False):
             if step.runs and step.last_only:
-                for module in _narrowable(layer):
+                for module in modules:
                     module.register_forward_pre_hook(gather)
                     module.register_forward_hook(scatter)
 
     def widen(self) -> None:
         """Take our hooks off; not by their handles: an exception from a signal could have kept us from getting them."""
-        for layer in self._loaded.layers.full:
-            for module in _narrowable(layer):
+        for modules in self._narrowable:
+            for module in modules:
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for key in [key for key, hook in hooks.items() if isinstance(hook, _Gather | _Scatter)]:
                         del hooks[key]
