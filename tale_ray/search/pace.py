@@ -9,8 +9,20 @@ from tale_ray.records import UnitResult
 
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
-ROUND_SHARE = 3  # a unit takes at most this part of what is left for each worker, so that all finish together
-FIRST_UNITS = 16  # into which rows are cut before anything is known of the speed
+LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
+RACE_UNITS = 3  # and where candidates may be out soon
+MOST_UNITS = 8  # that a worker would need for a whole scoring, as each unit reads all weights
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a unit is a part of."""
+
+    rows: int  # that are still open, and come next
+    all_rows: int  # of the scoring
+    all_candidates: Sequence[int | None]
+    workers: int
+    racing: bool  # candidates may be out before they have seen all of the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +32,7 @@ class UnitShape:
     rows: int
     candidates: int
 
-    def shape(self, removed: Collection[int], candidates: Sequence[int | None], rows: int, workers: int) -> "UnitShape":  # noqa: ARG002
+    def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> "UnitShape":  # noqa: ARG002
         """Return itself."""
         return self
 
@@ -31,8 +43,8 @@ class UnitShape:
 class Pacer(Protocol):
     """What says how large the next unit is."""
 
-    def shape(self, removed: Collection[int], candidates: Sequence[int | None], rows: int, workers: int) -> UnitShape:
-        """Return how large the next unit is, if that many rows are left for the candidates and for so many workers."""
+    def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
+        """Return how large the next unit of these candidates is."""
         ...
 
     def note(self, result: UnitResult) -> None:
@@ -59,17 +71,19 @@ class Pace:
         self.num_layers = num_layers
         self.application_seconds = application_seconds  # of one layer on one row; None: not known yet
 
-    def shape(self, removed: Collection[int], candidates: Sequence[int | None], rows: int, workers: int) -> UnitShape:
+    def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
         """Return how large the next unit is: whole rows while there are enough of them for all workers."""
-        workers = max(1, workers)
+        workers = max(1, left.workers)
         if self.application_seconds is None:
-            return UnitShape(math.ceil(rows / min(rows, FIRST_UNITS * workers)), len(candidates))
+            return UnitShape(math.ceil(left.rows / min(left.rows, MOST_UNITS * workers)), len(candidates))
         row_seconds = self.application_seconds * row_applications(self.num_layers, removed, candidates)
-        left = rows * row_seconds / workers
-        seconds = min(max(left / ROUND_SHARE, LEAST_UNIT_SECONDS), UNIT_SECONDS)
-        fitting = max(1, min(int(seconds / row_seconds), math.ceil(rows / workers)))
-        shares = max(row_seconds / (2 * UNIT_SECONDS), workers / rows if row_seconds > LEAST_UNIT_SECONDS else 1)
-        return UnitShape(fitting, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
+        whole = self.application_seconds * row_applications(self.num_layers, removed, left.all_candidates)
+        units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
+        wanted = max(row_seconds * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
+        seconds = min(max(wanted, LEAST_UNIT_SECONDS), UNIT_SECONDS)
+        rows = max(1, min(int(seconds / row_seconds), math.ceil(left.rows / workers)))
+        shares = max(row_seconds / (2 * UNIT_SECONDS), workers / left.rows if row_seconds > LEAST_UNIT_SECONDS else 1)
+        return UnitShape(rows, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
 
     def note(self, result: UnitResult) -> None:
         """Learn the speed from a unit: half from it, half from those before."""

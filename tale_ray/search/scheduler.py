@@ -17,7 +17,7 @@ from typing import TypeAlias
 from tale_ray.records import CandidateScore, RowAnswer, SplitName, UnitResult, Work, WorkUnit
 from tale_ray.search.cells import OpenCells
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
-from tale_ray.search.pace import Pacer
+from tale_ray.search.pace import Left, Pacer
 from tale_ray.search.race import Standing, expected_correct, probe_rows, still_racing
 
 UNITS_PER_WORKER = 2
@@ -297,13 +297,13 @@ class Scheduler:
         """
         if self.scoring.race is not None and len(self._racing) > 1:
             if self._favourite is None:
-                if unit := self._cut(worker, self._racing, self._probe):
+                if unit := self._cut(worker, self._racing, self._probe, racing=False):
                     return unit
                 self._favourite = self._probable_winner()
             leader = self._racing & {self._favourite}
-            if leader and (unit := self._cut(worker, leader)):
+            if leader and (unit := self._cut(worker, leader, racing=False)):
                 return unit
-        return self._cut(worker, self._racing)
+        return self._cut(worker, self._racing, racing=self.scoring.race is not None)
 
     def _probable_winner(self) -> int | None:
         """Return the favourite, once all candidates have seen the rows of the probe."""
@@ -320,7 +320,7 @@ class Scheduler:
         return max(racing, key=lambda layer: (expected(layer), -layer))
 
     def _cut(
-        self, worker: str, candidates: frozenset[int | None], rows: Sequence[int] | None = None
+        self, worker: str, candidates: frozenset[int | None], rows: Sequence[int] | None = None, *, racing: bool
     ) -> WorkUnit | None:
         """Return a unit of open cells of some candidates on some rows, those first that the worker remembers."""
 
@@ -332,7 +332,15 @@ class Scheduler:
         if first is None:
             return None
         chosen, row = first
-        shape = self._pacer.shape(self.scoring.removed, chosen, self._cells.rows_open(chosen), len(self._busy))
+        open_rows = self._cells.rows_open(chosen)
+        left = Left(
+            rows=open_rows if rows is None else min(open_rows, len(rows)),
+            all_rows=self.scoring.num_rows,
+            all_candidates=self.scoring.candidates,
+            workers=len(self._busy),
+            racing=racing,
+        )
+        shape = self._pacer.shape(self.scoring.removed, chosen, left)
         unit = WorkUnit(
             number=self._next_number,
             scope=self.scoring.scope,
