@@ -143,6 +143,44 @@ class Sweep:
         return found
 
     @torch.inference_mode()
+    def log_likelihoods(
+        self,
+        finals: Sequence[Node],
+        layout: Layout,
+        continuations: Sequence[Sequence[int]],
+        prefix: PrefixStates | None,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
+    ) -> list[list[float]]:
+        """Return the log-likelihood (nodes, rows), in nats, of each row's continuation at each final node.
+
+        A row's tokens are context and continuation, without the last token.
+        """
+        asked = [  # by predicted token: slot, token, row
+            (slot, token, row)
+            for row, (slots, tokens) in enumerate(zip(layout.slots, continuations, strict=True))
+            for slot, token in zip(slots[len(slots) - len(tokens) :], tokens, strict=True)
+        ]
+        slots = sorted({slot for slot, _, _ in asked})
+        states_nrd = self._last_states(finals, layout, prefix, memory, portions, slots=slots)
+        place = {slot: at for at, slot in enumerate(slots)}
+        device = states_nrd.device
+        at_q, token_q, row_q = (
+            torch.tensor(column, device=device)
+            for column in zip(*((place[slot], token, row) for slot, token, row in asked), strict=True)
+        )
+        found_nb = torch.zeros(len(finals), len(layout.slots), dtype=torch.float64, device=device)
+        size = portions.head_rows or len(slots)
+        for node, states_rd in enumerate(states_nrd):
+            for start in range(0, len(slots), size):
+                log_probabilities_rv = self._head(states_rd[start : start + size]).float().log_softmax(-1)
+                here = (at_q >= start) & (at_q < start + size)
+                values_q = log_probabilities_rv[at_q[here] - start, token_q[here]]
+                found_nb[node].index_add_(0, row_q[here], values_q.double())
+        found: list[list[float]] = found_nb.tolist()
+        return found
+
+    @torch.inference_mode()
     def next_logits(self, finals: Sequence[Node], layout: Layout, prefix: PrefixStates | None) -> torch.Tensor:
         """Return the logits (nodes, rows, vocabulary) after each row at each final node."""
         last_nrd = self._last_states(finals, layout, prefix)
@@ -156,10 +194,14 @@ class Sweep:
         memory: BatchMemory | None = None,
         portions: Portions = Portions(),
         record: Record | None = None,
+        slots: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states (nodes, rows, hidden size) of each row's last token, before the final norm."""
+        """Return the hidden states (nodes, rows, hidden size) before the final norm, of each row's last token.
+
+        Or those (nodes, slots, hidden size) of some slots.
+        """
         steps = plan_sweep(self._loaded.layers.num_layers, finals, (), _known(memory))
-        reads_r = torch.tensor(layout.last_slots)
+        reads_r = torch.tensor(layout.last_slots if slots is None else slots)
         cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
         at_once = _nodes(steps, portions) if record is None else most_nodes(steps)
         trees = self._tree_masks(layout, prefix, at_once) if layout.is_tree else None

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from tale_ray.engine.budget import batches, row_cost
 from tale_ray.model.load import LoadedModel
+from tale_ray.records import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,39 @@ def view_tokens(
         _free_head(loaded.model)
         loaded.layers.restore()
     return [tokens for _, tokens in sorted(found.items())]
+
+
+@torch.inference_mode()
+def view_log_likelihoods(
+    loaded: LoadedModel, removed: Collection[int], choices: Sequence[Choice], budget_bytes: int
+) -> list[float]:
+    """Return the log-likelihood, in nats, of each choice's continuation by the model without the layers `removed`.
+
+    Raises:
+        ModelError: a layer cannot be removed.
+        ConfigError: not even one choice fits into `budget_bytes`.
+    """
+    rows = [(*choice.context_ids, *choice.continuation_ids[:-1]) for choice in choices]
+    cost = row_cost(loaded.model)
+    plan = batches(
+        [len(row) for row in rows], budget_bytes, lambda tokens: cost.row_bytes(tokens, 1) + tokens * cost.logit_bytes
+    )
+    found: dict[int, float] = {}
+    try:
+        with loaded.layers.without(removed):
+            for batch in plan:
+                longest = max(len(rows[at]) for at in batch)
+                padded = [[*rows[at], *[rows[at][-1]] * (longest - len(rows[at]))] for at in batch]
+                logits_btv = loaded.model(
+                    input_ids=torch.tensor(padded, device=loaded.model.device), use_cache=False
+                ).logits
+                for at, logits_tv in zip(batch, logits_btv, strict=True):
+                    wanted = torch.tensor(choices[at].continuation_ids, device=logits_tv.device)
+                    own_tv = logits_tv[len(rows[at]) - len(wanted) : len(rows[at])].float().log_softmax(-1)
+                    found[at] = float(own_tv.gather(1, wanted[:, None]).double().sum())
+    finally:  # once more: a signal may have interrupted the tidying up itself
+        loaded.layers.restore()
+    return [value for _, value in sorted(found.items())]
 
 
 def _next_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -34,7 +34,12 @@ ROUND_SCHEMA = pa.schema(
     }
 )
 SCORE_FIELDS = ("layer", "correct", "seen", "invalid", "status", "seconds")
-ANSWER_FIELDS = {"reply": pa.string(), "prediction": pa.string(), "correct": pa.bool_()}
+ANSWER_FIELDS = {
+    "reply": pa.string(),
+    "prediction": pa.string(),
+    "correct": pa.bool_(),
+    "log_likelihoods": pa.list_(pa.float64()),  # null where replies are decoded
+}
 UNIT_SCHEMA = pa.schema({"layer": pa.int32(), "row": pa.int64(), "row_digest": pa.string(), **ANSWER_FIELDS})
 SHEET_SCHEMA = pa.schema(
     {
@@ -43,7 +48,11 @@ SHEET_SCHEMA = pa.schema(
         "candidates_missed": pa.int32(),  # and how many of them got it wrong
     }
 )
-_LATER_COLUMNS = {"candidates_seen", "candidates_missed"}  # that files of earlier versions do not have
+_LATER_COLUMNS = {
+    "candidates_seen",
+    "candidates_missed",
+    "log_likelihoods",
+}  # that files of earlier versions do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +240,15 @@ def _answer_columns(answers: Sequence[RowAnswer]) -> dict[str, list[Any]]:
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[RowAnswer, ...]:
-    return tuple(RowAnswer(row["reply"], row["prediction"], row["correct"]) for row in rows)
+    return tuple(
+        RowAnswer(
+            row["reply"],
+            row["prediction"],
+            row["correct"],
+            None if row["log_likelihoods"] is None else tuple(row["log_likelihoods"]),
+        )
+        for row in rows
+    )
 
 
 def _dump(columns: Mapping[str, list[Any]], schema: Any, texts: Mapping[str, str]) -> bytes:

@@ -44,6 +44,8 @@ def parse_answer(answer: AnswerSpec, reply: str) -> str | None:
             return _parse_regex(answer.pattern or "", reply)
         case "math":
             return _parse_math(reply)
+        case "likelihood":
+            raise ValueError("choices are compared by their likelihoods: there is no reply to read")
 
 
 def cut_reply(answer: AnswerSpec, text: str) -> str:
@@ -80,7 +82,7 @@ def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:
     if prediction is None:
         return False
     match answer.type:
-        case "choice":
+        case "choice" | "likelihood":
             return prediction == target
         case "word" | "regex":
             return prediction.strip().casefold() == target.strip().casefold()
