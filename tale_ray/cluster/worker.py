@@ -44,7 +44,8 @@ class Worker:
         """
         tokenizer = self._loaded.tokenizer
         rows = tuple(
-            PromptRow(token_ids=encode(tokenizer, example.messages), target=example.target) for example in examples
+            PromptRow(token_ids=encode(tokenizer, example.messages, example.demonstrations), target=example.target)
+            for example in examples
         )
         self._scorer.check_budget(rows)
         return rows
