@@ -114,7 +114,13 @@ task_options = _options(
     click.option(
         "--splits", metavar="SHARES", default=splits_text(DEFAULT_SPLITS), show_default=True, help="Shares of the rows."
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Decides which rows are in which split, and which are demonstrations."),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Decides which rows are in which split, and which are demonstrations.",
+    ),
     data_root_option,
 )
 resource_options = _options(

@@ -83,7 +83,8 @@ class ModelInfo:
         if self.max_positions is not None and num_prompt_tokens + max_new_tokens - 1 > self.max_positions:
             raise TaskError(
                 f"a row has {num_prompt_tokens} prompt tokens and gets up to {max_new_tokens} new ones, but the model "
-                f"has {self.max_positions} positions: use shorter prompts, fewer demonstrations, or a model with a longer context"
+                f"has {self.max_positions} positions: use shorter prompts, fewer demonstrations, or a model with a "
+                "longer context"
             )
 
 

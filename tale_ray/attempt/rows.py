@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from tale_ray.config import TaskSection
 from tale_ray.errors import TaskError
@@ -73,7 +72,7 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
             notes.append(
                 f"{section.rows} search rows are asked for and the split has {len(positions['search'])}: all are used"
             )
-        positions["search"] = _spread_over_groups(spec, rows, positions["search"])[: section.rows]
+        positions["search"] = _in_turns(spec, rows, positions["search"])[: section.rows]
     if not positions.get("test"):
         notes.append("no rows are left to report on: accuracies on the search rows are optimistic, report no others")
     scored = {
@@ -127,7 +126,9 @@ def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -
     carved = {example.digest for shots in chosen.values() for example in shots}
     rest = [at for at, example in enumerate(examples) if example.digest not in carved]
     cut = split_rows([rows[at] for at in rest], section.shares, section.seed)
-    why = "the task names no source of demonstrations" if spec.shots is None else f"{spec.shots} is not in the data root"
+    why = (
+        "the task names no source of demonstrations" if spec.shots is None else f"{spec.shots} is not in the data root"
+    )
     return _Demonstrations(
         chosen,
         {name: tuple(rest[at] for at in found) for name, found in cut.items()},
@@ -150,19 +151,14 @@ def _with_demonstrations(
     )
 
 
-def _spread_over_groups(spec: TaskSpec, rows: Sequence[Row], positions: Sequence[int]) -> tuple[int, ...]:
-    """Return the rows of a split so that its first ones hold every group in proportion to its size, to within a row."""
-    sizes: dict[Group, int] = {}
-    places = []
+def _in_turns(spec: TaskSpec, rows: Sequence[Row], positions: Sequence[int]) -> tuple[int, ...]:
+    """Return the rows of a split in turns: the first of every group, the second of every group, and so on."""
+    turns: dict[Group, int] = {}
+    turn_of = {}
     for at in positions:
         group = _group(spec, rows[at])
-        places.append(sizes.get(group, 0))
-        sizes[group] = places[-1] + 1
-    spread = {
-        at: Fraction(2 * place + 1, 2 * sizes[_group(spec, rows[at])])
-        for at, place in zip(positions, places, strict=True)
-    }
-    return tuple(sorted(positions, key=spread.__getitem__))
+        turn_of[at] = turns[group] = turns.get(group, 0) + 1
+    return tuple(sorted(positions, key=turn_of.__getitem__))
 
 
 def _groups(spec: TaskSpec, rows: Iterable[Row]) -> dict[Group, None]:

@@ -1,4 +1,4 @@
-"""Demonstrations: which rows are shown before every question. Chosen by content and seed, and never a row that is scored.
+"""Demonstrations: which rows are shown before every question, chosen by content and seed and never scored.
 
 Two rows are the same here if they ask the same: an `id` that differs, or another set of columns, hides no overlap.
 
