@@ -93,7 +93,8 @@ def test_without_a_source_they_are_carved_out_of_the_rows_and_a_user_is_told(tmp
     assert prepared.counts == {"shots": 4, "search": 18, "test": 18}
     assert not {question_of(example) for example in prepared.shots} & {question_of(row) for row in scored(prepared)}
     assert prepared.notes == (
-        "the task names no source of demonstrations: 4 demonstrations are carved out of the rows, and not scored",
+        "the task names no source of demonstrations: demonstrations are carved out of the rows, "
+        "which leaves 36 of 40 to score",
     )
 
 
@@ -113,8 +114,8 @@ def test_a_mirror_without_the_split_of_demonstrations(tmp_path: Path, is_there: 
         ()
         if is_there
         else (
-            "owner/set, split train is not in the data root: 2 demonstrations are carved out of the rows, "
-            "and not scored",
+            "owner/set, split train is not in the data root: demonstrations are carved out of the rows, "
+            "which leaves 18 of 20 to score",
         )
     )
 
@@ -142,12 +143,19 @@ def test_rows_that_are_scored_cannot_be_demonstrations_and_are_named(tmp_path: P
     assert prepare_rows(TaskSection(task=task)).shots == ()  # nothing is shown
 
 
-def test_too_few_rows_to_demonstrate_with(tmp_path: Path) -> None:
-    same = numbered("s", 1) * 5 + numbered("s", 3)
-    task = write_task(tmp_path, numbered("q", 40), same)
-    assert prepare_rows(TaskSection(task=task, shots=3)).counts["shots"] == 3
-    with pytest.raises(TaskError, match=r"shots 4 is too many: there are 3 rows .* ask for at most 3"):
-        prepare_rows(TaskSection(task=task, shots=4))
+def test_what_is_asked_before_is_shown_last_and_said(tmp_path: Path) -> None:
+    task = write_task(tmp_path, numbered("q", 40), numbered("s", 1) * 3 + numbered("s", 3))
+
+    def chosen(shots: int) -> PreparedRows:
+        return prepare_rows(TaskSection(task=task, shots=shots))
+
+    assert set(asked(chosen(3).shots)) == {"s0", "s1", "s2"}
+    assert chosen(3).notes == ()
+    assert asked(chosen(4).shots) == [*asked(chosen(3).shots), "s0"]
+    assert chosen(4).counts["shots"] == 4
+    assert chosen(4).notes == ("too few demonstrations ask different things: some are shown twice",)
+    with pytest.raises(TaskError, match=r"shots 7 is too many: there are 6 rows .* ask for at most 6"):
+        chosen(7)
 
 
 def test_what_is_asked_twice_is_neither_carved_nor_lost(tmp_path: Path) -> None:
@@ -215,7 +223,7 @@ def test_a_run_says_what_it_was_shown_and_is_not_continued_with_anything_else(
     options = ("--max-removed", "1", "--splits", "search=0.3,test=0.2")
     outcome = material.search(run, *options, "--shots", "2")
     assert outcome.code == 0, outcome.err
-    assert "note: the task names no source of demonstrations: 2 demonstrations are carved out" in outcome.err
+    assert "demonstrations are carved out of the rows, which leaves 98 of 100 to score" in outcome.err
     assert show(run)["rows"] == {"shots": 2, "search": 29, "select": 0, "test": 20}  # of the other 98
     manifest = json.loads((run / "run.json").read_text())
     assert manifest["rows"]["shots"]["count"] == 2

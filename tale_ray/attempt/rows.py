@@ -8,7 +8,14 @@ from tale_ray.errors import TaskError
 from tale_ray.records import Example, SplitName
 from tale_ray.tasks.data import Row, load_rows, load_shots
 from tale_ray.tasks.prompts import render_rows
-from tale_ray.tasks.shots import Group, ambiguous_questions, check_asked_elsewhere, choose_shots, question_of
+from tale_ray.tasks.shots import (
+    Group,
+    ambiguous_questions,
+    check_asked_elsewhere,
+    choose_shots,
+    groups_with_repeats,
+    question_of,
+)
 from tale_ray.tasks.spec import TaskSpec, load_task
 from tale_ray.tasks.splits import rank, split_rows
 
@@ -60,6 +67,9 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         shots, positions = demonstrations.by_group, demonstrations.positions
         if demonstrations.note:
             notes.append(demonstrations.note)
+        if repeating := groups_with_repeats(shots):
+            whose = f" of {', '.join(repeating)}" if spec.group_by else ""
+            notes.append(f"too few demonstrations{whose} ask different things: some are shown twice")
     else:
         positions = split_rows(rows, section.shares, section.seed)
     if not positions["search"]:
@@ -132,7 +142,7 @@ def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -
     return _Demonstrations(
         chosen,
         {name: tuple(rest[at] for at in found) for name, found in cut.items()},
-        f"{why}: {len(carved)} demonstrations are carved out of the rows, and not scored",
+        f"{why}: demonstrations are carved out of the rows, which leaves {len(rest)} of {len(rows)} to score",
     )
 
 

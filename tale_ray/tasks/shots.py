@@ -52,27 +52,31 @@ def _start(example: Example) -> str:
 def choose_shots(
     candidates: Iterable[tuple[Group, Example]], groups: Iterable[Group], num_shots: int, excluded: Collection[str]
 ) -> dict[Group, tuple[Example, ...]]:
-    """Return the first `num_shots` candidates of each group that ask different things, none of them `excluded`.
+    """Return the first `num_shots` candidates of each group that ask nothing `excluded`.
+
+    Those that ask what an earlier one asks come last: they are taken only where there are no others.
 
     Raises:
         TaskError: a group has too few.
     """
-    chosen: dict[Group, dict[str, Example]] = {group: {} for group in groups}
-    available = dict.fromkeys(chosen, 0)
-    seen = set(excluded)
+    fresh: dict[Group, list[Example]] = {group: [] for group in groups}
+    repeated: dict[Group, list[Example]] = {group: [] for group in fresh}
+    seen: set[str] = set()
     for group, example in candidates:
         question = question_of(example)
-        if group not in chosen or question in seen:
-            continue
-        seen.add(question)
-        available[group] += 1
-        if len(chosen[group]) < num_shots:
-            chosen[group][question] = example
-    for group in sorted(chosen):
-        if available[group] < num_shots:
+        if group in fresh and question not in excluded:
+            (repeated if question in seen else fresh)[group].append(example)
+            seen.add(question)
+    for group in sorted(fresh):
+        if (available := len(fresh[group]) + len(repeated[group])) < num_shots:
             whose = f"group {group!r} has" if group else "there are"
             raise TaskError(
-                f"shots {num_shots} is too many: {whose} {available[group]} rows to demonstrate with, which ask "
-                f"different things and are not scored; ask for at most {available[group]}, or give more rows"
+                f"shots {num_shots} is too many: {whose} {available} rows to demonstrate with, which ask nothing that "
+                f"is scored; ask for at most {available}, or give more rows"
             )
-    return {group: tuple(examples.values()) for group, examples in chosen.items()}
+    return {group: tuple((fresh[group] + repeated[group])[:num_shots]) for group in fresh}
+
+
+def groups_with_repeats(shots: Mapping[Group, Sequence[Example]]) -> list[Group]:
+    """Return the groups of which one question is demonstrated more than once, sorted."""
+    return sorted(group for group, examples in shots.items() if len({*map(question_of, examples)}) < len(examples))
