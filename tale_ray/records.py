@@ -37,6 +37,7 @@ class Example:
     reply: str  # the reference reply, as a demonstration would show it
     target: str  # what the answer parsed from a reply is compared with; of choices: the number of the right one
     choices: tuple[str, ...] = ()  # replies that are compared by their log-likelihoods, where nothing is decoded
+    demonstrations: tuple["Example", ...] = ()  # shown before it, in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class ModelInfo:
         if self.max_positions is not None and num_prompt_tokens + max_new_tokens - 1 > self.max_positions:
             raise TaskError(
                 f"a row has {num_prompt_tokens} prompt tokens and gets up to {max_new_tokens} new ones, but the model "
-                f"has {self.max_positions} positions: use shorter prompts, or a model with a longer context"
+                f"has {self.max_positions} positions: use shorter prompts, fewer demonstrations, or a model with a "
+                "longer context"
             )
 
 

@@ -46,7 +46,7 @@ class StoredIdentity:
                 f"task {prepared.spec.name} is no longer what {self.run} was searched on: `{changed[0]}` has changed; "
                 "restore the task file, or name it with --task to score the run on it as it is"
             )
-        for split, examples in prepared.examples.items():
+        for split, examples in prepared.splits.items():
             digest = digest_rows([example.digest for example in examples])
             if (stored := self.rows.get(split, digest)) != digest:
                 raise StoreError(
@@ -78,7 +78,7 @@ def stored_identity(run: str, manifest: Manifest, options: Mapping[str, Any]) ->
     """Return what a run says of all that `options` (those given for this call) do not ask to be different."""
     parts = {"digest": ("model", "gguf", "revision"), "dtype": ("model", "dtype")}
     same_task = "task" not in options
-    same_rows = not {"task", "rows", "splits", "seed"} & set(options)
+    same_rows = not {"task", "rows", "shots", "splits", "seed"} & set(options)
     return StoredIdentity(
         run=run,
         model={part: manifest.model[part] for part, names in parts.items() if not set(names) & set(options)},

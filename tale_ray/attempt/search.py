@@ -228,7 +228,7 @@ def _manifest(
         task={"name": prepared.spec.name, **prepared.spec.identity()},
         rows={
             split: {"count": len(examples), "digest": digest_rows([example.digest for example in examples])}
-            for split, examples in prepared.examples.items()
+            for split, examples in prepared.splits.items()
         },
         tokens=dict(tokens),
         versions=_versions(),

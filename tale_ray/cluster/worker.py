@@ -80,8 +80,8 @@ class Worker:
 
 
 def _encoded(tokenizer: Any, example: Example) -> PromptRow:
-    choices = encode_choices(tokenizer, example.messages, example.choices)
-    token_ids = choices[0].context_ids if choices else encode(tokenizer, example.messages)
+    choices = encode_choices(tokenizer, example.messages, example.choices, example.demonstrations)
+    token_ids = choices[0].context_ids if choices else encode(tokenizer, example.messages, example.demonstrations)
     return PromptRow(token_ids=token_ids, target=example.target, choices=choices)
 
 

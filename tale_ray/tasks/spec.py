@@ -104,6 +104,11 @@ class TaskSpec:
     folder: Path  # what relative data files are relative to
     text: str  # the task file itself
 
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the task came with this package."""
+        return self.folder == _FOLDER.absolute()
+
     def identity(self) -> dict[str, Any]:
         """Return what can change a prediction or its score, as canonical JSON values: no source, name or path."""
         return {
