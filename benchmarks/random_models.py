@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.utils import logging
 
 from tale_ray.model.layers import find_layers
 from tale_ray.model.load import LoadedModel, max_positions, neutral_generation
@@ -62,6 +63,7 @@ def word_tokenizer() -> Any:
 
 def save(model: Any, folder: Path) -> None:
     """Write the model and its tokenizer into a folder."""
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
 
