@@ -14,8 +14,8 @@ from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError, TaskError
 from tale_ray.records import ModelInfo, Score, SplitName
 from tale_ray.results.summary import stored_history
-from tale_ray.search.driver import unit_shape
 from tale_ray.search.interruption import Interruption
+from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring
 from tale_ray.store.documents import Manifest
@@ -128,7 +128,9 @@ def run_evaluation(
         total = Score(correct=0, total=0, invalid=0)
         for name in chosen:
             scoring = Scoring("evaluation", name, config.strategy.remove, (None,), len(prepared.examples[name]))
-            scheduler = Scheduler(scoring, unit_shape(scoring, None), workers=pool.workers)
+            scheduler = Scheduler(
+                scoring, Pace(info.num_layers), workers=pool.workers, units_per_worker=pool.units_per_worker
+            )
             for step in pool.run(scheduler):
                 if not isinstance(step, Keep):
                     yield step

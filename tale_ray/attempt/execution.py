@@ -39,3 +39,10 @@ def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo
 def token_digests(rows: Mapping[SplitName, Sequence[PromptRow]]) -> dict[str, str]:
     """Return the SHA-256 of the token sequences of every split."""
     return {split: digest_tokens(row.token_ids for row in prompt_rows) for split, prompt_rows in rows.items()}
+
+
+def similar_ranks(rows: Sequence[PromptRow]) -> tuple[int, ...]:
+    """Return the rank of each row in an order in which prompts that begin alike are neighbours."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row].token_ids)
+    ranks = {row: rank for rank, row in enumerate(order)}
+    return tuple(ranks[row] for row in range(len(rows)))

@@ -6,27 +6,29 @@ candidates together, where the model fits them; everything else takes the plain 
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
-from tale_ray.engine.sweep import Sweep
-from tale_ray.engine.view import end_tokens, view_tokens
+from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending, end_tokens, view_tokens
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
-from tale_ray.tasks.answers import is_correct, parse_answer
+from tale_ray.tasks.answers import cut_reply, is_correct, is_settled, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 logger = logging.getLogger("tale_ray.engine")
 
+_MOST_ANSWERS = 10_000  # that are remembered as they were read
 _MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
@@ -36,6 +38,31 @@ class _Scored:
 
     tokens: dict[int, list[int]]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """The memory that the micro-batches of a sweep may take: `total` bytes, `budget.batch` of them for work."""
+
+    cost: RowCost
+    budget: Budget
+    prefix_tokens: int
+    nodes: int
+    total: int
+
+    def line_bytes(self, num_tokens: int) -> int:
+        """Return the share of a line in `total`: its bytes, or as much as its work takes of the bytes for work."""
+        work = self.cost.work_bytes(num_tokens, self.prefix_tokens)
+        return max(
+            self.cost.sweep_bytes(num_tokens, self.prefix_tokens, self.nodes), work * self.total // self.budget.batch
+        )
+
+    def portions(self, layout: Layout) -> Portions:
+        """Return on how many nodes a layer works at once, and on how many rows the head."""
+        work = layout.num_lines * self.cost.work_bytes(layout.num_slots, self.prefix_tokens)
+        states = layout.num_lines * self.cost.sweep_bytes(layout.num_slots, self.prefix_tokens, self.nodes) - work
+        free = min(self.budget.batch, self.total - states)
+        return Portions(max(1, free // work), max(1, self.budget.batch // self.cost.logit_bytes))
 
 
 class Scorer:
@@ -51,10 +78,11 @@ class Scorer:
         self._loaded = loaded
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
-        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
         self._memory = StateMemory()
+        self._answers: dict[tuple[AnswerSpec, tuple[int, ...], str], RowAnswer] = {}
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
         self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
 
@@ -103,7 +131,7 @@ class Scorer:
         self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        scored, layer_applications = self._tokens(unit, rows, max_new_tokens)
+        scored, layer_applications = self._tokens(unit, rows, max_new_tokens, self._ending(answer))
         answers = tuple(
             CandidateAnswers(
                 layer,
@@ -115,22 +143,39 @@ class Scorer:
         return UnitResult(unit, answers, layer_applications, time.monotonic() - started, worker)
 
     def _read(self, answer: AnswerSpec, tokens: Sequence[int], target: str) -> RowAnswer:
-        reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        prediction = parse_answer(answer, reply)
-        return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+        """Return what new tokens answer; most replies of one token have been read before."""
+        key = (answer, tuple(tokens), target)
+        if (known := self._answers.get(key)) is None:
+            reply = cut_reply(answer, self._text(tokens))
+            prediction = parse_answer(answer, reply)
+            known = RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+            if len(self._answers) < _MOST_ANSWERS:
+                self._answers[key] = known
+        return known
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _ending(self, answer: AnswerSpec) -> Ending:
+        """Return when a reply ends: at an end token, or once it cannot answer anything else."""
+        may_settle = answer.stop or answer.type in ("choice", "word")
+        return Ending(
+            frozenset(end_tokens(self._loaded.model)),
+            (lambda tokens: is_settled(answer, self._text(tokens))) if may_settle else None,
+        )
 
     def _tokens(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         """Return new tokens by candidate, by the fastest path that the model fits, and layer applications."""
         sweep = self.fit.sweep
         if sweep is None:
-            return self._viewed(unit, rows, max_new_tokens)
+            return self._viewed(unit, rows, max_new_tokens, ending)
         try:
             decoder = self._fitted_decoder(sweep) if max_new_tokens > 1 else None
             if max_new_tokens > 1 and decoder is None:
-                return self._viewed(unit, rows, max_new_tokens)
-            return self._swept(sweep, decoder, unit, rows, max_new_tokens)
+                return self._viewed(unit, rows, max_new_tokens, ending)
+            return self._swept(sweep, decoder, unit, rows, max_new_tokens, ending)
         finally:  # once more: a signal may have interrupted the tidying up itself
             sweep.widen()
             self._loaded.layers.restore()
@@ -147,7 +192,7 @@ class Scorer:
     # The plain path.
 
     def _viewed(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         prompts = [rows[row].token_ids for row in unit.rows]
         scored: dict[int | None, _Scored] = {}
@@ -155,7 +200,7 @@ class Scorer:
         for layer in unit.candidates:
             started = time.monotonic()
             removed = final_node(unit.removed, layer)
-            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch)
+            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch, ending)
             layer_applications += (self._loaded.layers.num_layers - len(removed)) * sum(map(len, tokens))
             scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
         return scored, layer_applications
@@ -163,7 +208,13 @@ class Scorer:
     # The sweep, and decoding on from it.
 
     def _swept(
-        self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self,
+        sweep: Sweep,
+        decoder: Decoder | None,
+        unit: WorkUnit,
+        rows: Sequence[PromptRow],
+        max_new_tokens: int,
+        ending: Ending,
     ) -> tuple[dict[int | None, _Scored], int]:
         before = _applications(sweep, decoder)
         self._memory.start(unit.removed)
@@ -179,7 +230,7 @@ class Scorer:
             longest = max(map(len, found.values()))
             self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
         for prefix, found in groups:
-            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, scored)
+            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, ending, scored)
         seconds = time.monotonic() - started
         for each in scored.values():
             each.seconds = seconds / len(scored)
@@ -203,6 +254,7 @@ class Scorer:
         prefix: tuple[int, ...],
         prompts: dict[int, tuple[int, ...]],
         max_new_tokens: int,
+        ending: Ending,
         scored: dict[int | None, _Scored],
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
@@ -215,32 +267,45 @@ class Scorer:
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         lengths = [len(suffix) for suffix in suffixes]
-        head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
-            held = self._cost.prefix_bytes(len(prefix), applications(steps))
-            states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
-            row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
-            one_row, held = row_bytes(max(lengths)), held + self._memory.limit
+            held = self._cost.prefix_bytes(len(prefix), applications(steps)) + self._memory.limit
+            states = self._prefix_states(sweep, prefix, steps, is_only=len(blocks) == 1) if prefix else None
+            room = _Room(self._cost, self.budget, len(prefix), most_nodes(steps), self.budget.total - held)
             if decoder is None:
-                for batch in batches(lengths, max(one_row, self.budget.after(held)), row_bytes):
-                    own = [suffixes[at] for at in batch]
-                    names = [(unit.split, len(prefix), order[at]) for at in batch]
-                    memory = self._memory.of(names, [len(suffix) for suffix in own])
-                    found = sweep.next_tokens(finals, own, states, memory, head_rows)
+                for batch, layout in self._layouts(suffixes, room):
+                    memory = self._memory.of([(unit.split, len(prefix), order[at]) for at in batch], layout)
+                    found = sweep.next_tokens(finals, layout, states, memory, room.portions(layout))
                     first = [[[token] for token in tokens] for tokens in found]
                     _note(scored, candidates, [order[at] for at in batch], first)
                 continue
             reply_bytes = partial(
                 self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
             )
-            for batch in batches(lengths, self.budget.total - held - one_row, reply_bytes):
+            for batch in batches(lengths, room.total - room.line_bytes(max(lengths)), reply_bytes):
                 own = [suffixes[at] for at in batch]
-                room = self.budget.after(held + len(batch) * reply_bytes(max(map(len, own))))
-                prefills = batches([len(suffix) for suffix in own], max(one_row, room), row_bytes)
-                ends = end_tokens(self._loaded.model)
-                new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, prefills, head_rows)
+                left = replace(room, total=room.total - len(batch) * reply_bytes(max(map(len, own))))
+                fills = [
+                    (rows, left.portions(lay_lines([own[at] for at in rows])))
+                    for rows in batches([len(suffix) for suffix in own], left.total, left.line_bytes)
+                ]
+                new = decoder.new_tokens(finals, own, states, max_new_tokens, ending, fills)
                 _note(scored, candidates, [order[at] for at in batch], new)
+
+    def _layouts(self, rows: Sequence[Sequence[int]], room: "_Room") -> Iterator[tuple[list[int], Layout]]:
+        """Yield micro-batches: positions of their rows, and how these lie in them."""
+        lengths = [len(row) for row in rows]
+        if not self.fit.trees:
+            for batch in batches(lengths, room.total, room.line_bytes):
+                yield batch, lay_lines([rows[at] for at in batch])
+            return
+        most = max(max(lengths), self._cost.pack_tokens)
+        while most > max(lengths) and room.line_bytes(most) > room.total:
+            most = max(max(lengths), most // 2)
+        packs = pack_rows(rows, most)
+        for batch in batches([len(pack.tokens) for pack in packs], room.total, room.line_bytes):
+            chosen = [packs[at] for at in batch]
+            yield [row for pack in chosen for row in pack.rows], lay_packs(chosen)
 
     def _blocks(
         self,
@@ -290,18 +355,21 @@ class Scorer:
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
     def _prefix_states(
-        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], held: int, *, is_only: bool
+        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], *, is_only: bool
     ) -> PrefixStates:
         """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept."""
         places = {(layer, node) for layer, step in enumerate(steps) for node in step.runs}
         states = self._prefixes.get(prefix)
         if states is None:
+            held = self._cost.prefix_bytes(len(prefix), applications(steps))
             if held * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
                 self._prefixes.clear()
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
         states.keep(places)
         if missing := {place for place in places if place not in states}:
-            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
+            layout = lay_lines([prefix])
+            portions = _Room(self._cost, self.budget, 0, most_nodes(steps), self.budget.total).portions(layout)
+            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], layout), portions)
         return states
 
 

@@ -81,6 +81,7 @@ class AnswerSpec:
     type: AnswerType
     labels: tuple[str, ...] = ()  # of choice and word
     pattern: str | None = None  # of regex
+    stop: tuple[str, ...] = ()  # a reply ends before the first of these texts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,7 @@ class TaskSpec:
                 "type": self.answer.type,
                 "labels": list(self.answer.labels),
                 "pattern": self.answer.pattern,
+                **({"stop": list(self.answer.stop)} if self.answer.stop else {}),  # without: as it always was
             },
             "max_new_tokens": self.max_new_tokens,
             "metric": self.metric,
@@ -257,8 +259,9 @@ def _answer(keys: "_Keys") -> AnswerSpec:
             keys.refuse("pattern", "the answer is its first group; put parentheses around what is the answer")
     elif kind == "math" and importlib.util.find_spec("math_verify") is None:
         keys.refuse("type", "answers of this type need the library math-verify; run: pip install math-verify")
+    stop = keys.texts("stop", may_be_blank=True) if keys.has("stop") else ()
     keys.finish()
-    return AnswerSpec(type=kind, labels=labels, pattern=pattern)
+    return AnswerSpec(type=kind, labels=labels, pattern=pattern, stop=stop)
 
 
 def _suggestion(word: str, words: Iterable[str], question: str = "did you mean") -> str:
@@ -330,8 +333,8 @@ class _Keys:
             self.refuse(key, f"{error}; correct it")
         return value
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        """One text or a list of texts, none of them empty."""
+    def texts(self, key: str, *, may_be_blank: bool = False) -> tuple[str, ...]:
+        """One text or a list of texts, none of them empty, nor, unless it may be, white space only."""
         value = self.take(key)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
@@ -339,7 +342,7 @@ class _Keys:
         for item in values:
             if not isinstance(item, str):
                 self.refuse(key, f"entry {item!r} is not a text; {_quote_hint(item)}")
-            if not item.strip():
+            if not (item if may_be_blank else item.strip()):
                 self.refuse(key, "an entry is empty; remove it")
             self._check_characters(key, item)
         return tuple(values)
