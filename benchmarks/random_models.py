@@ -24,7 +24,7 @@ def random_llama(
 
     Args:
         num_layers: of the decoder.
-        hidden_size: a multiple of 64; the feed-forward part is twice as wide.
+        hidden_size: a multiple of 64; the feed-forward part is 8/3 as wide, as in Llama.
         layer_strength: how much a layer adds to what it gets. Below 1 a removed layer is missed less.
         max_tokens: of prompt and reply together.
         seed: of the weights.
@@ -33,7 +33,7 @@ def random_llama(
     config = tf.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=8 * hidden_size // 3,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // HEAD_SIZE,
         num_key_value_heads=hidden_size // HEAD_SIZE,

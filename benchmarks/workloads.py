@@ -31,7 +31,7 @@ target: "{{ answer }}"
 answer: {type: regex, pattern: '(t)\\d*[0-4]\\W*$'}
 max_new_tokens: 64
 """
-_LAYERS, _HIDDEN_SIZE, _QUESTIONS, _WORDS = 12, 256, 64, 24  # of the random model and what it is asked
+_LAYERS, _HIDDEN_SIZE, _QUESTIONS, _WORDS = 12, 192, 64, 24  # of the random model and what it is asked
 
 
 class Missing(Exception):
@@ -103,7 +103,7 @@ WORKLOADS = (
     ),
     Workload(
         name="long_replies",
-        title="random Llama of 12 layers and 8 M parameters, 64 new tokens, 16 rows, round 1",
+        title="random Llama of 12 layers and 5.4 M parameters, 64 new tokens, 16 rows, round 1",
         model="random",
         task="long_replies",
         rows=16,
