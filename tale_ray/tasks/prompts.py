@@ -122,7 +122,7 @@ def encode(
     Raises:
         TaskError: the chat template fails, or there are no tokens.
     """
-    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
     token_ids = tokenizer.encode(text, add_special_tokens=adds_tokens)
     if adds_tokens and token_ids and token_ids[-1] == tokenizer.eos_token_id:
         token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
@@ -131,10 +131,14 @@ def encode(
     return tuple(token_ids)
 
 
-def _prompt_text(
+def prompt_text(
     tokenizer: Tokenizer, messages: Sequence[Message], demonstrations: Sequence[Example]
 ) -> tuple[str, bool]:
-    """Return the chat up to where the reply starts, and whether the tokenizer is to add its special tokens."""
+    """Return the chat up to where the reply starts, and whether the tokenizer is to add its special tokens.
+
+    Raises:
+        TaskError: the chat template fails.
+    """
     chat = _with_demonstrations(messages, demonstrations)
     if not tokenizer.chat_template:
         return _plain_text(chat), True
@@ -154,7 +158,7 @@ def encode_choices(
     Raises:
         TaskError: as `encode`, or a choice has no tokens.
     """
-    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
     between = " " if adds_tokens else ""  # a plain prompt ends with 'Answer:'
     return tuple(
         Choice(choice, *encode_pair(tokenizer, text, between + choice, add_special_tokens=adds_tokens))
