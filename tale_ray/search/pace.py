@@ -14,6 +14,7 @@ RACE_UNITS = 3  # and where candidates may be out soon
 MOST_UNITS = 8  # that a worker would need for a whole scoring
 FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
 FIRST_ROWS = 8  # of a unit before anything is known of the speed
+LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
 FADING = 0.8  # of what was learned, with every unit
 
 
@@ -92,10 +93,10 @@ class Pace:
         count, x, y, xx, xy = self._sums
         if not x:
             return None
-        spread = count * xx - x * x
-        if spread > 1e-3 * x * x and (slope := (count * xy - x * y) / spread) > 0:
-            return max(0.0, (y - slope * x) / count), slope
-        return 0.0, y / x
+        mean, spread = y / x, count * xx - x * x
+        slope = (count * xy - x * y) / spread if spread > 1e-3 * x * x else mean
+        slope = min(max(slope, LEAST_SLOPE * mean), mean)  # units at the start are slow for reasons of their own
+        return (y - slope * x) / count, slope
 
     def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
         """Return how large the next unit is: whole rows while there are enough of them for all workers."""
