@@ -177,8 +177,6 @@ def test_a_driver_killed_ten_times_decides_as_one_never_killed(
     for name in DECISIONS:
         assert killed[name] == undisturbed[name]
     assert killed["work"]["candidate_rows"] == undisturbed["work"]["candidate_rows"]
-    repeated = killed["work"]["layer_applications"] - undisturbed["work"]["layer_applications"]
-    assert repeated >= 0, "an attempt computes prefixes and states again that others remembered, never an answer"
     assert killed["attempts"] == len(KILLS), "all but the one that was killed while it loaded"
     assert list(run.rglob("_tmp-*")) == [], "left-overs are cleaned up"
 
