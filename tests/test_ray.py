@@ -28,10 +28,9 @@ from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, PoisonUnit, WorkersLost
 from tale_ray.model.load import load_model
 from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
-from tale_ray.search import driver
 from tale_ray.search.executor import Questions, UnitDone, WorkerJoined, WorkerLost
 from tale_ray.search.interruption import Interruption
-from tale_ray.search.pace import UnitShape
+from tale_ray.search.pace import Pace, UnitShape
 from tale_ray.search.pool import Pool, ScoringAdvanced
 from tale_ray.search.scheduler import Scheduler, Scoring
 from tale_ray.tasks.prompts import encode
@@ -196,7 +195,8 @@ def test_a_search_that_loses_a_worker_decides_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "LEAST_UNIT_SECONDS", 0.0)  # many units, so that one is always under way
+    one_row = UnitShape(1, 100)
+    monkeypatch.setattr(Pace, "shape", lambda *_arguments: one_row)  # many units, so that one is always under way
     config = make_config(**options(folder, task), address=ray_address, workers=2, run=str(tmp_path / "run"))
     others = {process.pid for process in workers_of_this_session()}  # of earlier tests, on their way out
     killed = False
