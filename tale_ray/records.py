@@ -35,15 +35,38 @@ class Example:
     digest: str  # SHA-256 of the row's source columns, hex
     messages: tuple[Message, ...]  # the chat prompt, without the reply
     reply: str  # the reference reply, as a demonstration would show it
-    target: str  # what the answer parsed from a reply is compared with
+    target: str  # what the answer parsed from a reply is compared with; of choices: the number of the right one
+    choices: tuple[str, ...] = ()  # replies that are compared by their log-likelihoods, where nothing is decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the replies whose log-likelihoods are compared."""
+
+    text: str
+    context_ids: tuple[int, ...]  # tokens of the prompt; the same for all choices of a row, but for odd tasks
+    continuation_ids: tuple[int, ...]  # tokens of the text after it
+
+    @property
+    def num_characters(self) -> int:
+        """What a normalised log-likelihood is divided by."""
+        return len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
     """One row as a worker scores it."""
 
-    token_ids: tuple[int, ...]
-    target: str
+    token_ids: tuple[int, ...]  # of the prompt; with choices, of the first one's context
+    target: str  # with choices, the number of the right one, from 0
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """All tokens that the row is made of: the prompt, or each choice's context and continuation."""
+        if not self.choices:
+            return (self.token_ids,)
+        return tuple(ids for choice in self.choices for ids in (choice.context_ids, choice.continuation_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +96,21 @@ class ModelInfo:
                 f"{self.num_embeddings - 1}: use the tokenizer and the chat template that belong to the checkpoint"
             )
 
+    def check_rows(self, rows: Iterable[PromptRow], max_new_tokens: int) -> None:
+        """Refuse rows with tokens that the model does not have, or with more tokens than it has positions.
+
+        Raises:
+            ModelError: the model has no embedding for a token.
+            TaskError: a row leaves no room for its reply.
+        """
+        for row in rows:
+            for token_ids in row.sequences:
+                self.check_tokens(token_ids)
+            for choice in row.choices:
+                self.check_length(len(choice.context_ids), len(choice.continuation_ids))
+            if not row.choices:
+                self.check_length(len(row.token_ids), max_new_tokens)
+
     def check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
         """Refuse a prompt that leaves no room for its reply.
 
@@ -93,6 +131,7 @@ class RowAnswer:
     reply: str
     prediction: str | None  # None: no answer could be read from the reply (invalid)
     correct: bool
+    log_likelihoods: tuple[float, ...] | None = None  # of every choice, in nats; None: the reply was decoded
 
 
 @dataclass(frozen=True, slots=True)

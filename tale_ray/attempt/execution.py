@@ -31,11 +31,13 @@ def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo
     """
     rows = {split: executor.encode(examples) for split, examples in prepared.examples.items()}
     for prompt_rows in rows.values():
-        info.check_tokens(token for row in prompt_rows for token in row.token_ids)
-        info.check_length(max(len(row.token_ids) for row in prompt_rows), prepared.spec.max_new_tokens)
+        info.check_rows(prompt_rows, prepared.spec.max_new_tokens)
     return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
 
 
 def token_digests(rows: Mapping[SplitName, Sequence[PromptRow]]) -> dict[str, str]:
-    """Return the SHA-256 of the token sequences of every split."""
-    return {split: digest_tokens(row.token_ids for row in prompt_rows) for split, prompt_rows in rows.items()}
+    """Return the SHA-256 of the token sequences of every split, those of choices included."""
+    return {
+        split: digest_tokens(token_ids for row in prompt_rows for token_ids in row.sequences)
+        for split, prompt_rows in rows.items()
+    }
