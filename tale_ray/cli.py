@@ -109,9 +109,18 @@ task_options = _options(
     click.option("--task", metavar="T", help="Built-in task, or path of a task file (`tale-ray tasks`)."),
     click.option("--rows", type=int, metavar="N", help="Use the first N search rows.  [default: all]"),
     click.option(
+        "--shots", type=int, metavar="K", default=0, show_default=True, help="Demonstrations before every prompt."
+    ),
+    click.option(
         "--splits", metavar="SHARES", default=splits_text(DEFAULT_SPLITS), show_default=True, help="Shares of the rows."
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Decides which rows are in which split."),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Decides which rows are in which split, and which are demonstrations.",
+    ),
     data_root_option,
 )
 resource_options = _options(

@@ -188,6 +188,7 @@ class TaskSection:
 
     task: str
     rows: int | None = None  # of the search split; None: all
+    shots: int = 0  # demonstrations before every prompt
     splits: Mapping[SplitName, str] = field(default_factory=lambda: dict(DEFAULT_SPLITS))
     seed: int = 0
     data_root: str | None = None
@@ -195,6 +196,7 @@ class TaskSection:
     def __post_init__(self) -> None:
         _check_kinds(self)
         _at_least(self.rows, 1, "rows", "leave the option out to use all search rows")
+        _at_least(self.shots, 0, "shots", "0 shows no demonstrations")
         known = get_args(SplitName)
         if not isinstance(self.splits, Mapping):
             raise ConfigError(f"splits {self.splits!r} are no shares by name: write them like search=0.5,test=0.3")
@@ -333,6 +335,7 @@ class SearchConfig:
         return {
             "dtype": self.dtype,
             "seed": self.task.seed,
+            **({"shots": self.task.shots} if self.task.shots else {}),  # runs without keep the digest that they had
             "strategy": self.strategy.strategy,
             "epsilon": epsilon_text(self.strategy.epsilon),
             "epsilon_mode": self.strategy.epsilon_mode,

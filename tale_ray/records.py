@@ -4,7 +4,7 @@ All are frozen, picklable and hold plain Python values only. Layers are numbered
 candidate is named by the layer whose removal it proposes; `None` stands for removing nothing further.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
@@ -37,6 +37,7 @@ class Example:
     reply: str  # the reference reply, as a demonstration would show it
     target: str  # what the answer parsed from a reply is compared with; of choices: the number of the right one
     choices: tuple[str, ...] = ()  # replies that are compared by their log-likelihoods, where nothing is decoded
+    demonstrations: tuple["Example", ...] = ()  # shown before it, in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class ModelInfo:
                 f"{self.num_embeddings - 1}: use the tokenizer and the chat template that belong to the checkpoint"
             )
 
-    def check_rows(self, rows: Iterable[PromptRow], max_new_tokens: int) -> None:
+    def check_rows(self, rows: Collection[PromptRow], max_new_tokens: int) -> None:
         """Refuse rows with tokens that the model does not have, or with more tokens than it has positions.
 
         Raises:
@@ -106,6 +107,15 @@ class ModelInfo:
         for row in rows:
             for token_ids in row.sequences:
                 self.check_tokens(token_ids)
+        self.check_lengths(rows, max_new_tokens)
+
+    def check_lengths(self, rows: Iterable[PromptRow], max_new_tokens: int) -> None:
+        """Refuse rows that leave no room for their replies, or for their choices.
+
+        Raises:
+            TaskError: names the lengths.
+        """
+        for row in rows:
             for choice in row.choices:
                 self.check_length(len(choice.context_ids), len(choice.continuation_ids))
             if not row.choices:
@@ -120,7 +130,8 @@ class ModelInfo:
         if self.max_positions is not None and num_prompt_tokens + max_new_tokens - 1 > self.max_positions:
             raise TaskError(
                 f"a row has {num_prompt_tokens} prompt tokens and gets up to {max_new_tokens} new ones, but the model "
-                f"has {self.max_positions} positions: use shorter prompts, or a model with a longer context"
+                f"has {self.max_positions} positions: use shorter prompts, fewer demonstrations, or a model with a "
+                "longer context"
             )
 
 

@@ -97,7 +97,7 @@ def make_material(folder: Path) -> Material:
     rows = _rows(model)
     write_rows(folder / "rows.jsonl", rows)
     (folder / "tiny.yaml").write_text(task_text("tiny"))
-    (folder / "long.yaml").write_text(task_text("long", num_tokens=32))
+    (folder / "long.yaml").write_text(task_text("long", num_tokens=100))
     (folder / "zero.yaml").write_text(task_text("zero").replace("'(t", "'never (t"))
     return Material(
         model=folder / "model",

@@ -59,6 +59,14 @@ def greedy_tokens(model: Any, tokens: Sequence[int], max_new_tokens: int, ends: 
     return new
 
 
+@torch.inference_mode()
+def log_likelihood(model: Any, context: Sequence[int], continuation: Sequence[int]) -> float:
+    """The log-likelihood of a continuation, in nats, from one forward over all of it."""
+    logits = model(input_ids=torch.tensor([[*context, *continuation]]), use_cache=False).logits[0].double()
+    log_probabilities = logits.log_softmax(-1)
+    return sum(float(log_probabilities[len(context) + at - 1, token]) for at, token in enumerate(continuation))
+
+
 def end_tokens(model: Any) -> set[int]:
     end = model.generation_config.eos_token_id
     return set(end) if isinstance(end, list) else {end}

@@ -44,7 +44,9 @@ class Table:
             for layer in unit.candidates
         )
         applications = sum(self.num_layers - len(removed_by(unit, layer)) for layer in unit.candidates)
-        return UnitResult(unit, candidates, applications * len(unit.rows), 0.01 * unit.candidate_rows, worker)
+        return UnitResult(
+            unit, candidates, applications * len(unit.rows), self.row_seconds * unit.candidate_rows, worker
+        )
 
 
 def removed_by(unit: WorkUnit, layer: int | None) -> tuple[int, ...]:
@@ -61,6 +63,7 @@ class SimulatedExecutor:
     seed: int = 0
     poison: Collection[int] = ()  # rows whose units always fail
     scored: list[WorkUnit] = field(default_factory=list)
+    units_per_worker: int = 2
     _queue: list[tuple[str, WorkUnit]] = field(default_factory=list)
     _absent: list[str] = field(default_factory=list)
 

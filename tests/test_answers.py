@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tale_ray.errors import TaskError
-from tale_ray.tasks.answers import is_correct, parse_answer, parse_target
+from tale_ray.tasks.answers import cut_reply, is_correct, is_settled, parse_answer, parse_target
 from tale_ray.tasks.spec import AnswerSpec
 
 CHOICE = AnswerSpec(type="choice", labels=("A", "B", "C", "D", "E"))
@@ -289,3 +289,45 @@ def test_order_of_labels_does_not_matter() -> None:
     shuffled = AnswerSpec(type="choice", labels=tuple(random.Random(0).sample(CHOICE.labels, 5)))
     for reply in ("B", "it is D", "E or A", "none"):
         assert parse_answer(shuffled, reply) == parse_answer(CHOICE, reply)
+
+
+PIECES = st.sampled_from(
+    ["A", "B", "A b", "tr", "True", "False", "not", " ", ".", ",", "x", "\n", "(", "1", "é", "A-1"]
+)
+
+
+@given(st.lists(PIECES, max_size=6).map("".join), st.lists(PIECES, max_size=4).map("".join))
+def test_a_settled_reply_answers_the_same_whatever_follows(reply: str, more: str) -> None:
+    for answer in (
+        AnswerSpec(type="choice", labels=("A", "B", "A b", "A-1", "A. x")),
+        AnswerSpec(type="word", labels=("True", "False", "not true", "é")),
+    ):
+        if is_settled(answer, reply):
+            assert parse_answer(answer, reply) is not None
+            assert parse_answer(answer, reply + more) == parse_answer(answer, reply)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "settled"),
+    [
+        (CHOICE, "A", False),
+        (CHOICE, "A.", True),
+        (CHOICE, "The answer is B, ", True),
+        (CHOICE, "The answer is", False),
+        (CHOICE, "", False),
+        (WORD, "that is true.", True),
+        (WORD, "truest.", False),
+        (NUMBER, "42. ", False),
+        (REGEX, "answer is 4 ", False),
+        (AnswerSpec(type="number", stop=("\n\n",)), "42\n\n", True),
+    ],
+)
+def test_when_a_reply_is_settled(answer: AnswerSpec, reply: str, settled: bool) -> None:
+    assert is_settled(answer, reply) is settled
+
+
+def test_a_reply_ends_before_its_first_stop_string() -> None:
+    answer = AnswerSpec(type="number", stop=("Question:", "\n\n"))
+    assert cut_reply(answer, "42\n\nQuestion: 43") == "42"
+    assert cut_reply(answer, "42 Question: 43\n\n") == "42 "
+    assert cut_reply(answer, "42\n") == "42\n"

@@ -236,8 +236,9 @@ configs = st.builds(
         TaskSection,
         task=st.sampled_from(["boolq", "tasks/own.yaml"]),
         rows=st.none() | st.integers(1, 10**6),
+        shots=st.integers(0, 99),
         splits=st.fixed_dictionaries(
-            {"search": st.sampled_from(["0.2", "0.25"])},
+            {"search": st.sampled_from(["0.2", "0.125"])},
             optional={"shots": shares, "select": shares, "test": shares, "finetune": shares},
         ),
         seed=st.integers(),

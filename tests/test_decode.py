@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.ring import Ring, ring_order
 from tale_ray.engine.score import Scorer
 from tale_ray.engine.streams import applications, final_node, plan_sweep
-from tale_ray.engine.sweep import Sweep
-from tale_ray.engine.view import view_tokens
+from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending, view_tokens
 from tale_ray.errors import ConfigError
 from tale_ray.records import PromptRow, WorkUnit
+from tale_ray.tasks.answers import cut_reply, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 pytestmark = pytest.mark.slow
@@ -38,9 +40,9 @@ def one_thread():
 def decode(decoder, loaded, removed, candidates, prompts, new_tokens, *, prefills=None, ends=None, prefix=None):
     """New tokens by candidate and row."""
     finals = [final_node(removed, layer) for layer in candidates]
-    plan = prefills or [range(len(prompts))]
+    plan = [(rows, Portions(nodes=2, head_rows=7)) for rows in prefills or [range(len(prompts))]]
     ends = end_tokens(loaded.model) if ends is None else ends
-    return decoder.new_tokens(finals, prompts, prefix, new_tokens, ends, plan, 7)
+    return decoder.new_tokens(finals, prompts, prefix, new_tokens, Ending(frozenset(ends)), plan)
 
 
 def plain(loaded, removed, candidates, prompts, new_tokens):
@@ -323,3 +325,38 @@ def test_a_ring_runs_every_layer_on_the_rows_that_have_it(data):
         order = [*order[skipping:], *order[:skipping]]
         assert order[: len(runs)] == runs
     assert order == [*rows[ring.turned :], *rows[: ring.turned]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        AnswerSpec(type="word", labels=tuple(f"t{number}" for number in range(10, 60))),
+        AnswerSpec(type="regex", pattern=r"(t\d+)", stop=("t4", "t9 ", "t2")),
+    ],
+)
+def test_rows_leave_once_their_answer_is_settled(family, answer):
+    """The same answers as from whole replies, with fewer steps; both paths cut replies at the same token."""
+    loaded = tiny_loaded(family)
+    rows = [PromptRow(prompt, f"t{40 + at}") for at, prompt in enumerate(tiny_prompts(8))]
+    unit = WorkUnit(1, "round-0001", "search", (1,), (None, 0, 2, 3), tuple(range(8)))
+    whole = AnswerSpec(type="regex", pattern="(.*)")
+    swept, plain_path = Scorer(loaded), Scorer(loaded, sweeps=False)
+    found = swept.score(unit, rows, answer, 9, "w")
+    assert found.candidates == replace_seconds(plain_path.score(unit, rows, answer, 9, "w"), found)
+    everything = swept.score(unit, rows, whole, 9, "w")
+    shorter = 0
+    for candidate, all_of_it in zip(found.candidates, everything.candidates, strict=True):
+        for answered, full in zip(candidate.answers, all_of_it.answers, strict=True):
+            assert full.reply.startswith(answered.reply)
+            assert answered.prediction == parse_answer(answer, cut_reply(answer, full.reply))
+            shorter += len(answered.reply) < len(full.reply)
+    assert shorter > 8
+    assert found.layer_applications < everything.layer_applications
+
+
+def replace_seconds(result, like):
+    """The candidates of a result, as long as those of another one took."""
+    return tuple(
+        replace(each, seconds=other.seconds) for each, other in zip(result.candidates, like.candidates, strict=True)
+    )

@@ -296,7 +296,7 @@ def test_a_request_to_stop_is_honoured_between_units(tmp_path: Path) -> None:
     executor = SimulatedExecutor(Table(1))
     with attempt(tmp_path / "run", executor, interruption) as driver, pytest.raises(Interrupted, match="enough"):
         for number, _ in enumerate(driver.run()):
-            if number == 8:
+            if number == 4:
                 interruption.request("enough")
     assert len(RunReader(str(tmp_path / "run")).unit_results("round-0000")) == len(executor.scored) > 0
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tale_ray.records import CandidateAnswers, RowAnswer, UnitResult, WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from tale_ray.search.pace import UnitShape
 from tale_ray.search.race import Standing, still_racing
-from tale_ray.search.scheduler import GiveUp, Keep, Scheduler, Scoring, Submit, UnitShape
+from tale_ray.search.scheduler import GiveUp, Keep, Race, Scheduler, Scoring, Submit
 
 Matrix = list[list[bool]]  # by candidate, by row
 
@@ -36,11 +37,18 @@ def score(unit: WorkUnit, matrix: Matrix) -> UnitResult:
     return UnitResult(unit, candidates, unit.candidate_rows, 0.0, "w")
 
 
+def race_to(floor: Fraction, num_rows: int) -> Race:
+    return Race(floor, (True,) * num_rows)
+
+
 def race(rng: random.Random, matrix: Matrix, floor: Fraction, trouble: float = 0.0) -> Scheduler:
     """A round under a floor, with units of any shape that finish in any order."""
     num_rows = len(matrix[0])
     order = tuple(rng.sample(range(num_rows), num_rows))
-    scoring = Scoring("round-0001", "search", (), tuple(range(len(matrix))), num_rows, floor, order)
+    right = tuple(rng.random() < 0.7 for _ in range(num_rows))
+    favourite = rng.choice([None, None, *range(len(matrix))])
+    racing = Race(floor, right, favourite)
+    scoring = Scoring("round-0001", "search", (), tuple(range(len(matrix))), num_rows, racing, order)
     shape = UnitShape(rng.randint(1, num_rows), rng.randint(1, len(matrix)))
     scheduler = Scheduler(scoring, shape, workers=["a"])
     instructions = scheduler.start()
@@ -105,7 +113,9 @@ def test_a_race_goes_on_from_any_results_of_an_earlier_attempt(seed: int) -> Non
     rng = random.Random(seed)
     matrix = random_matrix(rng)
     num_rows, layers = len(matrix[0]), tuple(range(len(matrix)))
-    earlier = Scheduler(Scoring("round-0001", "search", (), layers, num_rows, Fraction(num_rows)), UnitShape(2, 3))
+    earlier = Scheduler(
+        Scoring("round-0001", "search", (), layers, num_rows, race_to(Fraction(num_rows), num_rows)), UnitShape(2, 3)
+    )
     queue = [each for each in earlier.handle(WorkerJoined("a")) if isinstance(each, Submit)]
     known: list[UnitResult] = []
     for _ in range(rng.randint(0, 6)):
@@ -114,7 +124,9 @@ def test_a_race_goes_on_from_any_results_of_an_earlier_attempt(seed: int) -> Non
             known += [each.result for each in instructions if isinstance(each, Keep)]
             queue += [each for each in instructions if isinstance(each, Submit)]
     floor = Fraction(rng.randint(0, num_rows))  # a lower one than before takes candidates back
-    later = Scheduler(Scoring("round-0001", "search", (), layers, num_rows, floor), UnitShape(3, 2), known)
+    later = Scheduler(
+        Scoring("round-0001", "search", (), layers, num_rows, race_to(floor, num_rows)), UnitShape(3, 2), known
+    )
     queue = [each for each in later.handle(WorkerJoined("a")) if isinstance(each, Submit)]
     while not later.finished:
         instructions = later.handle(UnitDone("a", score(queue.pop(0).unit, matrix)))
@@ -139,7 +151,9 @@ def test_below_the_floor_only_the_race_for_the_loser_goes_on(floor: Fraction, ra
 
 def test_a_late_answer_of_a_lost_worker_does_no_harm() -> None:
     matrix = [[True] * 4, [False] * 4]
-    scheduler = Scheduler(Scoring("round-0001", "search", (), (0, 1), 4, Fraction(2)), UnitShape(1, 2), workers=["a"])
+    scheduler = Scheduler(
+        Scoring("round-0001", "search", (), (0, 1), 4, race_to(Fraction(2), 4)), UnitShape(1, 2), workers=["a"]
+    )
     first = next(each for each in scheduler.start() if isinstance(each, Submit))
     again = scheduler.handle(WorkerLost("a", "died")) + scheduler.handle(WorkerJoined("b"))
     assert scheduler.handle(UnitDone("a", score(first.unit, matrix))) == []

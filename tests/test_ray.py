@@ -31,8 +31,9 @@ from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search import driver
 from tale_ray.search.executor import Questions, UnitDone, WorkerJoined, WorkerLost
 from tale_ray.search.interruption import Interruption
+from tale_ray.search.pace import UnitShape
 from tale_ray.search.pool import Pool, ScoringAdvanced
-from tale_ray.search.scheduler import Scheduler, Scoring, UnitShape
+from tale_ray.search.scheduler import Scheduler, Scoring
 from tale_ray.tasks.prompts import encode
 from tale_ray.tasks.spec import AnswerSpec
 

@@ -9,7 +9,8 @@ from simulation import Table
 
 from tale_ray.records import WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
-from tale_ray.search.scheduler import MAX_TRIES, GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit, UnitShape
+from tale_ray.search.pace import UnitShape
+from tale_ray.search.scheduler import MAX_TRIES, GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit
 
 TABLE = Table(seed=1)
 

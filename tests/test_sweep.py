@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from oracles import oracle_answers
 from tale_ray.engine.budget import Budget, row_cost
 from tale_ray.engine.fit import fit_sweep
 from tale_ray.engine.groups import group_prompts
+from tale_ray.engine.layout import lay_lines, lay_packs, pack_rows
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.score import Scorer
 from tale_ray.engine.streams import applications, final_node, most_nodes, plan_sweep
@@ -27,6 +29,7 @@ from tale_ray.tasks.spec import AnswerSpec
 ANSWER = AnswerSpec(type="regex", pattern=r"(t\d+)")
 PREFIX = tuple(range(30, 39))  # longer than the windows of the families
 DEEP = 6  # layers
+NO_TREES = ("bloom", "lfm2")  # ALiBi is made of masks, convolutions go from slot to slot
 QUICK = ("llama", "gpt2", "gemma3")  # the others take their time
 
 
@@ -45,11 +48,16 @@ def answers_of(result: Any) -> dict[int | None, list[tuple[str, str | None, bool
     }
 
 
-def with_batches_of(scorer: Scorer, num_rows: int, longest: int) -> Scorer:
-    """The scorer with room for so many rows at once."""
-    nodes = scorer._loaded.layers.num_layers + 1
-    scorer.budget = Budget(2**40, num_rows * row_cost(scorer._loaded.model).sweep_bytes(longest, len(PREFIX), nodes))
+def with_batches_of(scorer: Scorer, num_lines: int, longest: int) -> Scorer:
+    """The scorer with room for a layer's work on so many lines at once, of one node."""
+    scorer.budget = Budget(2**40, num_lines * row_cost(scorer._loaded.model).work_bytes(longest, len(PREFIX)))
     return scorer
+
+
+def alike_prompts() -> list[tuple[int, ...]]:
+    """Prompts of which some begin alike, one is the beginning of another, and two are equal."""
+    first, *others = tiny_prompts(5)
+    return [first, *others, (*first[:11], 5, 6, 7), first[:11], first, (*others[1][:2], 9)]
 
 
 # The plan.
@@ -109,7 +117,7 @@ def deep(request: pytest.FixtureRequest) -> LoadedModel:
 
 @pytest.mark.parametrize("removed", [(), (1,), (4, 0, 2, 5)])
 def test_predictions_equal_the_oracle_whatever_the_batch(deep: LoadedModel, removed: tuple[int, ...]) -> None:
-    rows = rows_of(PREFIX + prompt for prompt in tiny_prompts(5))
+    rows = rows_of(PREFIX + prompt for prompt in alike_prompts())
     candidates = [None, *(layer for layer in range(DEEP) if layer not in removed)]
     expected = {
         layer: oracle_answers(
@@ -126,9 +134,12 @@ def test_predictions_equal_the_oracle_whatever_the_batch(deep: LoadedModel, remo
     scorer = Scorer(deep)
     assert scorer.fit.sweep is not None, scorer.fit.note
     assert (scorer.fit.note == "") == (deep.info.family != "lfm2"), "only convolutions cannot share a prefix"
+    assert scorer.fit.trees == (deep.info.family not in NO_TREES)
     before = deep.model.config.to_dict()
-    for num_rows in (1, 3, 5):
-        found = with_batches_of(scorer, num_rows, 18).score(unit(candidates, range(5), removed), rows, ANSWER, 1, "w")
+    work = unit(candidates, range(len(rows)), removed)
+    for trees, num_lines in itertools.product({scorer.fit.trees, False}, (1, 3, len(rows))):
+        scorer.fit = replace(scorer.fit, trees=trees)
+        found = with_batches_of(scorer, num_lines, 32).score(work, rows, ANSWER, 1, "w")
         assert answers_of(found) == expected
         assert [each.layer for each in found.candidates] == candidates
     assert deep.model.config.to_dict() == before
@@ -140,9 +151,23 @@ def test_logits_of_padded_rows_are_those_of_rows_alone(deep: LoadedModel) -> Non
     assert sweep is not None
     finals = [final_node((2,), layer) for layer in (0, 3, 5)]
     prompts = tiny_prompts(4)
-    together = sweep.next_logits(finals, prompts, None)
+    together = sweep.next_logits(finals, lay_lines(prompts), None)
     for at, prompt in enumerate(prompts):
-        alone = sweep.next_logits(finals, [prompt], None)
+        alone = sweep.next_logits(finals, lay_lines([prompt]), None)
+        torch.testing.assert_close(together[:, at], alone[:, 0], atol=2e-5, rtol=1e-4)
+
+
+def test_logits_of_rows_that_share_a_line_are_those_of_rows_alone(deep: LoadedModel) -> None:
+    if deep.info.family in NO_TREES:
+        return
+    sweep = fit_sweep(deep).sweep
+    assert sweep is not None
+    finals = [final_node((2,), layer) for layer in (0, 3, 5)]
+    prompts = alike_prompts()
+    packs = pack_rows(prompts, 40)
+    together = sweep.next_logits(finals, lay_packs(packs), None)
+    for at, row in enumerate(row for pack in packs for row in pack.rows):
+        alone = sweep.next_logits(finals, lay_lines([prompts[row]]), None)
         torch.testing.assert_close(together[:, at], alone[:, 0], atol=2e-5, rtol=1e-4)
 
 
@@ -286,14 +311,33 @@ def test_a_later_round_goes_on_from_what_is_known(llama: LoadedModel, order: tup
             assert known <= (len(rows) + 1) * per_row
 
 
+def test_remembered_states_are_found_on_other_lines() -> None:
+    """Each slot's state is its token, so that what is loaded can be read off."""
+    rows = alike_prompts()
+    memory = StateMemory(2**30)
+    for chosen in ((0, 2, 4, 6), (8, 1), (3, 5, 7)):
+        packs = pack_rows([rows[at] for at in chosen], 30)
+        layout = lay_packs(packs)
+        names = [chosen[row] for pack in packs for row in pack.rows]
+        memory.of(names, layout).add(3, [(1,)], torch.tensor(layout.tokens, dtype=torch.float32)[None, ..., None])
+    for layout, names in (
+        (lay_lines(rows), list(range(len(rows)))),
+        (lay_packs(packs := pack_rows(rows, 50)), [row for pack in packs for row in pack.rows]),
+    ):
+        loaded = memory.of(names, layout).load(3, (1,)).flatten()
+        for name, slots in zip(names, layout.slots, strict=True):
+            assert loaded[list(slots)].tolist() == list(rows[name])
+
+
 def test_memory_for_later_rounds_has_a_limit(llama: LoadedModel) -> None:
     block = torch.zeros(2, 3, 4, 5)
     memory = StateMemory(2 * block.nbytes)
+    batch = memory.of(["a", "b", "c"], lay_lines([(1, 2, 3, 4), (1, 2, 3), (1, 2)]))
     for boundary in (1, 2, 3):
-        memory.add(["a", "b", "c"], boundary, [(), (0,)], block + boundary)
+        batch.add(boundary, [(), (0,)], block + boundary)
     assert [memory.has(["a", "c"], boundary, (0,)) for boundary in (1, 2, 3)] == [True, True, False]
     assert memory.held == memory.limit
-    loaded = memory.of(["c", "a"], [2, 4]).load(2, ())
+    loaded = memory.of(["c", "a"], lay_lines([(1, 2), (1, 2, 3, 4)])).load(2, ())
     assert torch.equal(
         loaded, torch.stack([torch.cat([torch.full((2, 5), 2.0), torch.zeros(2, 5)]), torch.full((4, 5), 2.0)])[None]
     )
@@ -329,7 +373,7 @@ def test_a_layer_that_raises_on_stacked_rows_takes_another_way(llama: LoadedMode
     original = first.forward
 
     def picky(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden.shape[0] > 3:
+        if hidden.shape[0] > 4:
             raise RuntimeError("too many rows")
         return original(hidden, *args, **kwargs)
 

@@ -14,8 +14,8 @@ from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError, TaskError
 from tale_ray.records import ModelInfo, Score, SplitName
 from tale_ray.results.summary import stored_history
-from tale_ray.search.driver import unit_shape
 from tale_ray.search.interruption import Interruption
+from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring
 from tale_ray.store.documents import Manifest
@@ -46,7 +46,7 @@ class StoredIdentity:
                 f"task {prepared.spec.name} is no longer what {self.run} was searched on: `{changed[0]}` has changed; "
                 "restore the task file, or name it with --task to score the run on it as it is"
             )
-        for split, examples in prepared.examples.items():
+        for split, examples in prepared.splits.items():
             digest = digest_rows([example.digest for example in examples])
             if (stored := self.rows.get(split, digest)) != digest:
                 raise StoreError(
@@ -78,7 +78,7 @@ def stored_identity(run: str, manifest: Manifest, options: Mapping[str, Any]) ->
     """Return what a run says of all that `options` (those given for this call) do not ask to be different."""
     parts = {"digest": ("model", "gguf", "revision"), "dtype": ("model", "dtype")}
     same_task = "task" not in options
-    same_rows = not {"task", "rows", "splits", "seed"} & set(options)
+    same_rows = not {"task", "rows", "shots", "splits", "seed"} & set(options)
     return StoredIdentity(
         run=run,
         model={part: manifest.model[part] for part, names in parts.items() if not set(names) & set(options)},
@@ -128,7 +128,9 @@ def run_evaluation(
         total = Score(correct=0, total=0, invalid=0)
         for name in chosen:
             scoring = Scoring("evaluation", name, config.strategy.remove, (None,), len(prepared.examples[name]))
-            scheduler = Scheduler(scoring, unit_shape(scoring, None), workers=pool.workers)
+            scheduler = Scheduler(
+                scoring, Pace(info.num_layers), workers=pool.workers, units_per_worker=pool.units_per_worker
+            )
             for step in pool.run(scheduler):
                 if not isinstance(step, Keep):
                     yield step

@@ -41,3 +41,10 @@ def token_digests(rows: Mapping[SplitName, Sequence[PromptRow]]) -> dict[str, st
         split: digest_tokens(token_ids for row in prompt_rows for token_ids in row.sequences)
         for split, prompt_rows in rows.items()
     }
+
+
+def similar_ranks(rows: Sequence[PromptRow]) -> tuple[int, ...]:
+    """Return the rank of each row in an order in which prompts that begin alike are neighbours."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row].token_ids)
+    ranks = {row: rank for rank, row in enumerate(order)}
+    return tuple(ranks[row] for row in range(len(rows)))

@@ -19,7 +19,7 @@ def run_identity(config: SearchConfig, prepared: PreparedRows, model_digest: str
     task = {f"task.{name}": value for name, value in prepared.spec.identity().items()}
     rows = {
         f"rows.{split}": f"{len(examples)} rows, SHA-256 {digest_rows([example.digest for example in examples])}"
-        for split, examples in prepared.examples.items()
+        for split, examples in prepared.splits.items()
     }
     return {"model": model_digest, **config.decision_options(), **task, **rows}
 

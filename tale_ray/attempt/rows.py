@@ -1,15 +1,23 @@
-"""The rows of a run: read, split by content, rendered."""
+"""The rows of a run: read, split by content, rendered, with the demonstrations that are shown before them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tale_ray.config import TaskSection
 from tale_ray.errors import TaskError
 from tale_ray.records import Example, SplitName
-from tale_ray.tasks.data import load_rows
+from tale_ray.tasks.data import Row, load_rows, load_shots
 from tale_ray.tasks.prompts import render_rows
+from tale_ray.tasks.shots import (
+    Group,
+    ambiguous_questions,
+    check_asked_elsewhere,
+    choose_shots,
+    groups_with_repeats,
+    question_of,
+)
 from tale_ray.tasks.spec import TaskSpec, load_task
-from tale_ray.tasks.splits import split_rows
+from tale_ray.tasks.splits import rank, split_rows
 
 SCORED_SPLITS: tuple[SplitName, ...] = ("search", "select", "test")
 
@@ -19,25 +27,51 @@ class PreparedRows:
     """A task and its rendered rows by split, in split order. `notes` are what a user should know of them."""
 
     spec: TaskSpec
-    examples: Mapping[SplitName, tuple[Example, ...]]
+    examples: Mapping[SplitName, tuple[Example, ...]]  # scored
     notes: tuple[str, ...]
+    shots: tuple[Example, ...] = ()  # every demonstration, of all groups; those of a row are in its example
+
+    @property
+    def splits(self) -> dict[SplitName, tuple[Example, ...]]:
+        """All rows that can change a prediction, by split: the demonstrations, if there are any, and what is scored."""
+        return {"shots": self.shots, **self.examples} if self.shots else dict(self.examples)
 
     @property
     def counts(self) -> dict[SplitName, int]:
         """Number of rows by split."""
-        return {split: len(rows) for split, rows in self.examples.items()}
+        return {split: len(rows) for split, rows in self.splits.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Demonstrations:
+    """Demonstrations by group, and the splits of the rows without those that were carved out of them."""
+
+    by_group: Mapping[Group, tuple[Example, ...]]
+    positions: dict[SplitName, tuple[int, ...]]
+    note: str | None
 
 
 def prepare_rows(section: TaskSection) -> PreparedRows:
     """Return the rows that a run scores, before any model is looked at.
 
     Raises:
-        TaskError: unknown task, bad task file, rows that cannot be read or rendered, no search rows.
+        TaskError: unknown task, bad task file, rows that cannot be read or rendered, no search rows, too few
+            demonstrations, or ones that are scored.
     """
     spec = load_task(section.task)
     rows = load_rows(spec, section.data_root)
-    positions = split_rows(rows, section.shares, section.seed)
     notes = []
+    shots: Mapping[Group, tuple[Example, ...]] = {}
+    if section.shots:
+        demonstrations = _demonstrations(spec, section, rows)
+        shots, positions = demonstrations.by_group, demonstrations.positions
+        if demonstrations.note:
+            notes.append(demonstrations.note)
+        if repeating := groups_with_repeats(shots):
+            whose = f" of {', '.join(repeating)}" if spec.group_by else ""
+            notes.append(f"too few demonstrations{whose} ask different things: some are shown twice")
+    else:
+        positions = split_rows(rows, section.shares, section.seed)
     if not positions["search"]:
         raise TaskError(
             f"the search split of task {spec.name} is empty: {len(rows)} rows times a share of "
@@ -48,12 +82,100 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
             notes.append(
                 f"{section.rows} search rows are asked for and the split has {len(positions['search'])}: all are used"
             )
-        positions["search"] = positions["search"][: section.rows]
+        positions["search"] = _in_turns(spec, rows, positions["search"])[: section.rows]
     if not positions.get("test"):
         notes.append("no rows are left to report on: accuracies on the search rows are optimistic, report no others")
     scored = {
-        split: render_rows(spec, [rows[position] for position in positions[split]])
+        split: _with_demonstrations(spec, [rows[position] for position in positions[split]], shots)
         for split in SCORED_SPLITS
         if positions.get(split)
     }
-    return PreparedRows(spec=spec, examples=scored, notes=tuple(notes))
+    used = _groups(spec, (rows[position] for split in scored for position in positions[split]))
+    return PreparedRows(
+        spec=spec,
+        examples=scored,
+        notes=tuple(notes),
+        shots=tuple(example for group in sorted(shots) if group in used for example in shots[group]),
+    )
+
+
+def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -> _Demonstrations:
+    """Choose demonstrations: from the `shots` share of the rows if it has one, else from the task's own source.
+
+    Without either, they are carved out of the rows before these are split: the first ones by content digest.
+    """
+    examples = render_rows(spec, rows)
+    groups = [_group(spec, row) for row in rows]
+    if section.shares.get("shots"):
+        positions = split_rows(rows, section.shares, section.seed)
+        asked = {question_of(examples[at]) for split, found in positions.items() if split != "shots" for at in found}
+        candidates = [(groups[at], examples[at]) for at in positions["shots"]]
+        needed = {groups[at] for split in SCORED_SPLITS for at in positions.get(split, ())}
+        note = None if spec.shots is None else "demonstrations are the shots share of the rows, as --splits asks for it"
+        return _Demonstrations(choose_shots(candidates, needed, section.shots, asked), positions, note)
+
+    source = load_shots(spec, section.data_root)
+    if source is not None:
+        positions = split_rows(rows, section.shares, section.seed)
+        pool = render_rows(spec, source)
+        excluded = {question_of(example) for example in examples}
+        common = sum(question_of(example) in excluded for example in pool)
+        if not spec.is_builtin:
+            check_asked_elsewhere(pool, {name: [examples[at] for at in found] for name, found in positions.items()})
+        candidates = list(zip((_group(spec, row) for row in source), pool, strict=True))
+        candidates.sort(key=lambda candidate: rank(section.seed, candidate[1].digest))
+        needed = {groups[at] for split in SCORED_SPLITS for at in positions.get(split, ())}
+        note = f"{common} rows of {spec.shots} ask what rows of the task ask: none is a demonstration"
+        return _Demonstrations(
+            choose_shots(candidates, needed, section.shots, excluded), positions, note if common else None
+        )
+
+    candidates = list(zip(groups, examples, strict=True))
+    candidates.sort(key=lambda candidate: rank(section.seed, candidate[1].digest))
+    chosen = choose_shots(candidates, set(groups), section.shots, ambiguous_questions(examples))
+    carved = {example.digest for shots in chosen.values() for example in shots}
+    rest = [at for at, example in enumerate(examples) if example.digest not in carved]
+    cut = split_rows([rows[at] for at in rest], section.shares, section.seed)
+    why = (
+        "the task names no source of demonstrations" if spec.shots is None else f"{spec.shots} is not in the data root"
+    )
+    return _Demonstrations(
+        chosen,
+        {name: tuple(rest[at] for at in found) for name, found in cut.items()},
+        f"{why}: demonstrations are carved out of the rows, which leaves {len(rest)} of {len(rows)} to score",
+    )
+
+
+def _with_demonstrations(
+    spec: TaskSpec, rows: Sequence[Row], shots: Mapping[Group, tuple[Example, ...]]
+) -> tuple[Example, ...]:
+    """Return the rows as they are asked; those that share their demonstrations, and so a prefix, are neighbours."""
+    if not shots:
+        return render_rows(spec, rows)
+    order = {group: number for number, group in enumerate(_groups(spec, rows))}
+    ordered = sorted(rows, key=lambda row: order[_group(spec, row)])
+    examples = render_rows(spec, ordered)
+    return tuple(
+        replace(example, demonstrations=shots[_group(spec, row)])
+        for row, example in zip(ordered, examples, strict=True)
+    )
+
+
+def _in_turns(spec: TaskSpec, rows: Sequence[Row], positions: Sequence[int]) -> tuple[int, ...]:
+    """Return the rows of a split in turns: the first of every group, the second of every group, and so on."""
+    turns: dict[Group, int] = {}
+    turn_of = {}
+    for at in positions:
+        group = _group(spec, rows[at])
+        turn_of[at] = turns[group] = turns.get(group, 0) + 1
+    return tuple(sorted(positions, key=turn_of.__getitem__))
+
+
+def _groups(spec: TaskSpec, rows: Iterable[Row]) -> dict[Group, None]:
+    """Return the groups of the rows, each once, in the order of their first row."""
+    return dict.fromkeys(_group(spec, row) for row in rows)
+
+
+def _group(spec: TaskSpec, row: Row) -> Group:
+    """Return the group of a row; a row that lacks the column is refused where it is rendered."""
+    return "" if spec.group_by is None else str(row.get(spec.group_by))

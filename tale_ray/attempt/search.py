@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
-from tale_ray.attempt.execution import encode_questions, make_executor, token_digests
+from tale_ray.attempt.execution import encode_questions, make_executor, similar_ranks, token_digests
 from tale_ray.attempt.identity import differences, identity_digest, run_identity, with_absolute_paths
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
@@ -156,6 +156,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             pool=Pool(executor, interruption),
             writer=writer,
             loaded_at=loaded_at,
+            similar={split: similar_ranks(rows) for split, rows in questions.rows.items()},
             exhaustive=config.strategy.exhaustive,
         )
         with _ending(writer, driver):
@@ -227,7 +228,7 @@ def _manifest(
         task={"name": prepared.spec.name, **prepared.spec.identity()},
         rows={
             split: {"count": len(examples), "digest": digest_rows([example.digest for example in examples])}
-            for split, examples in prepared.examples.items()
+            for split, examples in prepared.splits.items()
         },
         tokens=dict(tokens),
         versions=_versions(),

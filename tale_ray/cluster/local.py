@@ -15,6 +15,8 @@ LOCAL_WORKER = "local"
 class LocalExecutor:
     """The one worker of `--local`. A unit runs while it is polled for."""
 
+    units_per_worker = 1
+
     def __init__(self, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._section = section
         self._dtype = dtype

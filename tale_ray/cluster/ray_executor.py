@@ -54,6 +54,8 @@ class _Slot:
 class RayExecutor:
     """Up to `resources.workers` actors on the cluster at `resources.address`, or on a private one."""
 
+    units_per_worker = 2  # so that no worker idles for a round trip
+
     def __init__(self, section: ModelSection, dtype: str, resources: ResourceSection, name: str = "search") -> None:
         self._section = section
         self._dtype = dtype

@@ -6,6 +6,7 @@ The only module of this room that imports torch; it is imported inside workers, 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
-from tale_ray.tasks.prompts import chat_notes, encode
+from tale_ray.tasks.prompts import chat_notes, encode, encode_choices
 
 logger = logging.getLogger("tale_ray.cluster")
 
@@ -43,9 +44,7 @@ class Worker:
             ConfigError: not even one row fits into the batch budget.
         """
         tokenizer = self._loaded.tokenizer
-        rows = tuple(
-            PromptRow(token_ids=encode(tokenizer, example.messages), target=example.target) for example in examples
-        )
+        rows = tuple(_encoded(tokenizer, example) for example in examples)
         self._scorer.check_budget(rows)
         return rows
 
@@ -78,6 +77,12 @@ class Worker:
                 self._name,
                 self._scorer.budget.total / 2**20,
             )
+
+
+def _encoded(tokenizer: Any, example: Example) -> PromptRow:
+    choices = encode_choices(tokenizer, example.messages, example.choices, example.demonstrations)
+    token_ids = choices[0].context_ids if choices else encode(tokenizer, example.messages, example.demonstrations)
+    return PromptRow(token_ids=token_ids, target=example.target, choices=choices)
 
 
 def limit_threads(num_threads: int) -> None:

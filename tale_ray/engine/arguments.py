@@ -13,16 +13,21 @@ Place: TypeAlias = tuple[Any, ...]  # position or name of an argument, then posi
 
 @dataclass(frozen=True, slots=True)
 class LayerArguments:
-    """Which arguments of a layer grow with the rows, by how much a row, and whether layers return tuples."""
+    """Which arguments of a layer grow with the rows, by how much a row; which are masks; what layers return."""
 
     per_row: dict[Place, int]  # entries of axis 0 that belong to one row (ALiBi: the heads)
+    masks: frozenset[Place]  # (rows, heads or 1, tokens, keys)
     returns_tuple: bool
 
 
 @torch.inference_mode()
 def learn_arguments(layers: LayerStack, run: Callable[[int], Any]) -> LayerArguments:
-    """Return what layers are handed when `run` puts two rows, then three, through the decoder."""
+    """Return what layers are handed when `run` puts two rows, then three, through the decoder.
+
+    There are masks among it if the rows that `run` takes have padding, and say so.
+    """
     sizes: dict[Place, dict[int, int]] = {}
+    masks: set[Place] = set()
     outputs: set[type] = set()
     num_rows = 0
 
@@ -32,6 +37,8 @@ def learn_arguments(layers: LayerStack, run: Callable[[int], Any]) -> LayerArgum
                 note(item, (*place, at))
         elif isinstance(value, torch.Tensor) and value.ndim > 1:
             sizes.setdefault(place, {})[num_rows] = value.shape[0]
+            if value.ndim == 4:
+                masks.add(place)
 
     def noting(own: Any) -> Any:
         def forward(hidden_btd: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -49,4 +56,4 @@ def learn_arguments(layers: LayerStack, run: Callable[[int], Any]) -> LayerArgum
         for num_rows in (2, 3):
             run(num_rows)
     per_row = {place: found[3] - found[2] for place, found in sizes.items() if len({*found.values()}) > 1}
-    return LayerArguments(per_row, outputs == {tuple})
+    return LayerArguments(per_row, frozenset(masks), outputs == {tuple})

@@ -11,6 +11,7 @@ from tale_ray.errors import ConfigError
 
 _CPU_BATCH_BYTES = 32 * 2**20  # larger ones leave the CPU's caches, and their memory is mapped anew for every product
 _CPU_SHARE = 8  # of the memory that is free
+_LEAST_PACK_TOKENS, _MOST_PACK_TOKENS = 32, 512
 _LOGIT_BYTES = 4  # soft-caps and argmax work in float32 in most families
 
 
@@ -37,11 +38,19 @@ class RowCost:
         numbers = num_tokens * self._per_token(num_tokens) + 2 * cache_values
         return numbers * self.value_bytes + self.logit_bytes
 
-    def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
-        """Return the bytes of one row of a sweep: all its nodes at the widest layer, keys and values of that layer."""
+    def work_bytes(self, num_tokens: int, prefix_tokens: int) -> int:
+        """Return the bytes that a layer works in on one line of one node: activations, keys and values, and a mask."""
         seen = prefix_tokens + num_tokens
-        per_node = num_tokens * self._per_token(seen) + 2 * seen * self.layer_cache_values
-        return nodes * per_node * self.value_bytes + self.logit_bytes
+        numbers = num_tokens * (self._per_token(seen) + seen) + 2 * seen * self.layer_cache_values
+        return numbers * self.value_bytes
+
+    def sweep_bytes(self, num_tokens: int, prefix_tokens: int, nodes: int) -> int:
+        """Return the bytes of one line of a sweep: the states of all nodes, and a layer at work on one of them.
+
+        The states below the layer, those above it, and a copy where they do not lie together.
+        """
+        states = 3 * nodes * num_tokens * self.hidden_size * self.value_bytes
+        return states + self.work_bytes(num_tokens, prefix_tokens) + self.logit_bytes
 
     def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
         """Return the bytes of a prefix's keys and values at so many (layer, node) places."""
@@ -56,6 +65,14 @@ class RowCost:
         seen = before + num_tokens + new_tokens
         cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
         return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens on a line that several rows share, so that attention within it adds a tenth to a layer's products.
+
+        A token meets 2 hidden_size + 3 widest columns of weights, and twice each key of its line, seen or not.
+        """
+        return min(_MOST_PACK_TOKENS, max(_LEAST_PACK_TOKENS, (2 * self.hidden_size + 3 * self.widest) // 20))
 
     @property
     def logit_bytes(self) -> int:

@@ -12,17 +12,19 @@ d hidden size, v vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tale_ray.engine.arguments import LayerArguments, Place, learn_arguments
+from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
 from tale_ray.engine.streams import Node
-from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending
 from tale_ray.model.load import LoadedModel
 
 _WORTH_LEAVING = 0.25  # of the rows have ended: copying the others' caches costs less than running them along
@@ -91,9 +93,8 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         prefix: PrefixStates | None,
         max_new_tokens: int,
-        ends: Collection[int],
-        prefills: Sequence[Sequence[int]],
-        head_rows: int,
+        ending: Ending,
+        prefills: Sequence[tuple[Sequence[int], Portions]],
         observe: Callable[[torch.Tensor], None] | None = None,
     ) -> list[list[list[int]]]:
         """Return the new tokens, the end token included, of each prompt at each final node.
@@ -105,9 +106,8 @@ class Decoder:
             prompts: without the prefix's tokens.
             prefix: keys and values of what all prompts begin with.
             max_new_tokens: at most so many, at least one.
-            ends: tokens that end a reply.
-            prefills: micro-batches of the sweep, as positions in `prompts`.
-            head_rows: so many rows of the sweep go through the head at once.
+            ending: when a reply ends before that.
+            prefills: micro-batches of the sweep, as positions in `prompts`, and their portions.
             observe: is called with the logits (rows, vocabulary) of each decoding step, ordered by final node (those
                 of `ring_order`) and prompt; of rows that have ended, too, until they leave.
         """
@@ -122,13 +122,13 @@ class Decoder:
         )
         cache = DecodeCache()
         try:
-            for prefill in prefills:
+            for prefill, portions in prefills:
                 fill = _Fill(ring, cache, prefix, lengths, prefill, max(lengths) + max_new_tokens - 1)
                 rows = [prompts[at] for at in prefill]
-                found = self._sweep.next_tokens(order, rows, prefix, None, head_rows, fill.record)
+                found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, portions, fill.record)
                 for final, tokens in enumerate(found):
                     new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
-            self._decode(ring, cache, lengths, new, max_new_tokens, ends, observe)
+            self._decode(ring, cache, lengths, new, max_new_tokens, ending, observe)
         finally:
             self._batch = None
         position = {final: at for at, final in enumerate(order)}
@@ -141,10 +141,10 @@ class Decoder:
         lengths: Sequence[int],
         new: dict[tuple[int, int], list[int]],
         max_new_tokens: int,
-        ends: Collection[int],
+        ending: Ending,
         observe: Callable[[torch.Tensor], None] | None,
     ) -> None:
-        """Lengthen the rows of `new`, which have one token, until each has its end token or `max_new_tokens`."""
+        """Lengthen the rows of `new`, which have one token, until each has ended or has `max_new_tokens`."""
         device = self._loaded.model.device
         cache.length = max(lengths)
         padding_r = torch.tensor([cache.length - lengths[at] for _, at in ring.rows], device=device)
@@ -157,8 +157,9 @@ class Decoder:
             tokens_r1=torch.tensor([new[row] for row in ring.rows], device=device),
         )
         with self._loaded.layers.forwarding([self._forward(layer) for layer in range(ring.num_layers)]):
+            over = {row for row in batch.ring.rows if ending.is_over(new[row])}
             for _ in range(max_new_tokens - 1):
-                going = [at for at, row in enumerate(batch.ring.rows) if new[row][-1] not in ends]
+                going = [at for at, row in enumerate(batch.ring.rows) if row not in over]
                 if not going:
                     return
                 if len(going) <= (1 - _WORTH_LEAVING) * len(batch.ring.rows):
@@ -168,8 +169,10 @@ class Decoder:
                     observe(logits_rv.roll(batch.ring.turned, 0))
                 batch.tokens_r1 = logits_rv.argmax(-1, keepdim=True).roll(batch.ring.turned, 0)
                 for row, token in zip(batch.ring.rows, batch.tokens_r1[:, 0].tolist(), strict=True):
-                    if new[row][-1] not in ends:
+                    if row not in over:
                         new[row].append(token)
+                        if ending.is_over(new[row]):
+                            over.add(row)
 
     def _leave(self, batch: _Batch, going: Sequence[int]) -> None:
         """Go on with some of the rows only."""
@@ -255,10 +258,10 @@ class _Fill:
     num_slots: int
 
     def record(self, layer: int, nodes: tuple[Node, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store the keys and values (nodes x examples, heads, tokens, size) of a layer."""
+        """Store the keys and values (nodes x examples, heads, tokens, size) of some of a layer's nodes."""
         order = [final for final, at in self.ring.running(layer) if at == 0]
         below = [tuple(removed for removed in self.ring.finals[final] if removed < layer) for final in order]
-        runs = _runs([nodes.index(node) for node in below])
+        runs = _runs([(row, nodes.index(node)) for row, node in enumerate(below) if node in nodes])
         num_rows = len(order) * len(self.lengths)
         if layer not in self.cache.states:
             self.cache.states[layer] = (
@@ -281,11 +284,11 @@ class _Fill:
                     states_fksh[finals, :, middle:end] = own_nkth[found, :, : end - middle]
 
 
-def _runs(of_node: Sequence[int]) -> list[tuple[slice, slice]]:
+def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
     """Return which stretches of rows take which stretches of nodes: one node for all, or one after another."""
     runs: list[tuple[slice, slice]] = []
-    for row, node in enumerate(of_node):
-        if runs:
+    for row, node in places:
+        if runs and row == runs[-1][0].stop:
             rows, nodes = runs[-1]
             length, size = rows.stop - rows.start, nodes.stop - nodes.start
             if node == nodes.stop and length == size:

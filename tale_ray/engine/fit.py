@@ -1,5 +1,6 @@
 """Whether a model fits the fast paths: a few rows, scored both ways, must agree before anything is trusted to them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -7,12 +8,16 @@ from itertools import product
 import torch
 
 from tale_ray.engine.decode import Decoder
+from tale_ray.engine.layout import lay_lines, lay_packs, pack_rows
 from tale_ray.engine.prefix import PrefixStates
 from tale_ray.engine.ring import ring_order
 from tale_ray.engine.streams import Node, final_node, plan_sweep
-from tale_ray.engine.sweep import Sweep
+from tale_ray.engine.sweep import Portions, Sweep
+from tale_ray.engine.view import Ending
 from tale_ray.errors import Interrupted
 from tale_ray.model.load import LoadedModel
+
+logger = logging.getLogger("tale_ray.engine")
 
 _PREFIX = 3  # tokens
 _LENGTHS = (5, 2, 4)  # of the rows after it
@@ -23,11 +28,12 @@ _COARSE = 5e-2  # of 16-bit numbers
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The sweep over a model, or None; whether prefixes may be shared; and in words what had to be given up."""
+    """The sweep over a model, or None; whether prefixes and later beginnings may be shared; what was given up."""
 
     sweep: Sweep | None
     prefix: bool
-    note: str
+    trees: bool
+    note: str  # for people, in words
 
 
 def fit_sweep(loaded: LoadedModel) -> Fit:
@@ -46,9 +52,30 @@ def fit_sweep(loaded: LoadedModel) -> Fit:
             continue
         if difference <= _TOLERANCE.get(loaded.model.dtype, _COARSE):
             given_up = ["shared prefixes"] * (not prefix) + ["narrow last layers"] * (not narrow)
-            return Fit(sweep, prefix, f"sweeps go without {' and '.join(given_up)}: {reasons[0]}" if given_up else "")
+            note = f"sweeps go without {' and '.join(given_up)}: {reasons[0]}" if given_up else ""
+            return Fit(sweep, prefix, _fits_trees(loaded, sweep, rows, truths, shares_prefix=prefix), note)
         reasons.append(f"its logits differ by {difference:.1e} of the largest")
-    return Fit(None, False, f"candidates are scored one after another, as the sweep does not fit: {reasons[-1]}")
+    return Fit(None, False, False, f"candidates are scored one after another, as the sweep does not fit: {reasons[-1]}")
+
+
+def _fits_trees(
+    loaded: LoadedModel,
+    sweep: Sweep,
+    rows: Sequence[Sequence[int]],
+    truths: dict[tuple[int, ...], torch.Tensor],
+    *,
+    shares_prefix: bool,
+) -> bool:
+    """Return whether rows may share lines. If not, beginnings are computed with every row: nothing to tell a user."""
+    try:
+        sweep.learn_trees()
+        difference = _difference(loaded, sweep, rows, truths, shares_prefix=shares_prefix, trees=True)
+    except Interrupted:
+        raise
+    except Exception as error:  # noqa: BLE001  # as above
+        logger.info("rows share no lines: %s: %s", type(error).__name__, error)
+        return False
+    return difference <= _TOLERANCE.get(loaded.model.dtype, _COARSE)
 
 
 def fit_decoder(loaded: LoadedModel, sweep: Sweep) -> tuple[Decoder | None, str]:
@@ -79,8 +106,8 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
     def observe(logits_rv: torch.Tensor) -> None:
         steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
 
-    everything = [range(len(rows))]
-    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, (), everything, len(finals) * len(rows), observe)
+    everything = [(range(len(rows)), Portions())]
+    new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, Ending(frozenset()), everything, observe)
     differences, largest = [0.0], 1e-6
     for at, final in enumerate(finals):
         for step, logits_nbv in enumerate(steps_nbv, start=1):
@@ -99,11 +126,12 @@ def _finals(num_layers: int) -> list[Node]:
 
 
 def _rows(loaded: LoadedModel) -> list[list[int]]:
-    """Return rows of arbitrary tokens that share a prefix."""
+    """Return rows of arbitrary tokens that share a prefix; two of them, one token more."""
     generator = torch.Generator().manual_seed(0)
     size = min(loaded.model.get_input_embeddings().num_embeddings, 1000)
     prefix = torch.randint(size, (_PREFIX,), generator=generator).tolist()
-    return [[*prefix, *torch.randint(size, (length,), generator=generator).tolist()] for length in _LENGTHS]
+    first, *others = (torch.randint(size, (length,), generator=generator).tolist() for length in _LENGTHS)
+    return [[*prefix, *first], *([*prefix, *other] for other in others), [*prefix, first[0], *others[0]]]
 
 
 def _difference(
@@ -113,6 +141,7 @@ def _difference(
     truths: dict[tuple[int, ...], torch.Tensor],
     *,
     shares_prefix: bool,
+    trees: bool = False,
 ) -> float:
     """Return how far the sweep's logits are from the plain path's, as a share of the largest logit."""
     total = loaded.layers.num_layers
@@ -126,7 +155,14 @@ def _difference(
         states = PrefixStates(_PREFIX)
         sweep.run_prefix(states, rows[0][:_PREFIX], {(at, node) for at, step in enumerate(steps) for node in step.runs})
         rows = [row[_PREFIX:] for row in rows]
-    logits_nbv = sweep.next_logits(finals, rows, states).float()
+    layout = lay_lines(rows)
+    if trees:
+        packs = pack_rows(rows, len(rows[0]) + _LENGTHS[1])  # more than one line, more than one row on a line
+        layout = lay_packs(packs)
+    logits_nbv = sweep.next_logits(finals, layout, states).float()
+    if trees:
+        at = [row for pack in packs for row in pack.rows]
+        logits_nbv = logits_nbv[:, [at.index(row) for row in range(len(rows))]]
     truth_nbv = torch.stack([truths[node] for node in finals])
     return float((logits_nbv - truth_nbv).abs().max() / truth_nbv.abs().max().clamp(min=1e-6))
 

@@ -32,7 +32,7 @@ class PrefixStates:
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self._found: dict[tuple[int, Node], tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self._stacked: dict[int, tuple[tuple[Node, ...], torch.Tensor, torch.Tensor]] = {}
+        self._stacked: dict[tuple[int, tuple[Node, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __contains__(self, place: tuple[int, Node]) -> bool:
         return place in self._found
@@ -44,13 +44,12 @@ class PrefixStates:
 
     def get(self, layer: int, nodes: tuple[Node, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of some nodes, stacked in their order."""
-        stacked = self._stacked.get(layer)
-        if stacked is None or stacked[0] != nodes:
+        if (layer, nodes) not in self._stacked:
             found = [self._found[layer, node] for node in nodes]
             keys = stack([(keys, position) for keys, _, position in found])
             values = stack([(values, position) for _, values, position in found])
-            stacked = self._stacked[layer] = (nodes, keys, values)
-        return stacked[1], stacked[2]
+            self._stacked[layer, nodes] = (keys, values)
+        return self._stacked[layer, nodes]
 
     def keep(self, places: Collection[tuple[int, Node]]) -> None:
         """Forget all other (layer, node) places."""

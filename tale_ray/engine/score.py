@@ -6,36 +6,41 @@ candidates together, where the model fits them; everything else takes the plain 
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
+from tale_ray.engine.choices import Key, choose, key_choice, key_context, key_tokens, row_keys
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
+from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
+from tale_ray.engine.room import Room
 from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.engine.sweep import Sweep
-from tale_ray.engine.view import end_tokens, view_tokens
+from tale_ray.engine.view import Ending, end_tokens, view_log_likelihoods, view_tokens
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
-from tale_ray.tasks.answers import is_correct, parse_answer
+from tale_ray.tasks.answers import cut_reply, is_correct, is_settled, parse_answer
 from tale_ray.tasks.spec import AnswerSpec
 
 logger = logging.getLogger("tale_ray.engine")
 
+_MOST_ANSWERS = 10_000  # that are remembered as they were read
 _MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
 @dataclass(slots=True)
 class _Scored:
-    """What is known of one candidate: new tokens of each row, the end token included."""
+    """What is known of one candidate: new tokens of each row, the end token included; or how likely choices are."""
 
-    tokens: dict[int, list[int]]
-    seconds: float
+    tokens: dict[Key, list[int]] = field(default_factory=dict)
+    log_likelihoods: dict[Key, float] = field(default_factory=dict)  # nats
+    seconds: float = 0.0
 
 
 class Scorer:
@@ -51,12 +56,13 @@ class Scorer:
         self._loaded = loaded
         self._cost: RowCost = row_cost(loaded.model)
         self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
-        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, "")
+        self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
         self._memory = StateMemory()
+        self._answers: dict[tuple[AnswerSpec, tuple[int, ...], str], RowAnswer] = {}
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
-        self._groups: tuple[Sequence[PromptRow], tuple[PromptGroup, ...]] = ((), ())
+        self._groups: tuple[Sequence[PromptRow], list[tuple[tuple[int, ...], list[Key]]]] = ((), [])
 
     def check_budget(self, rows: Sequence[PromptRow]) -> None:
         """Refuse a budget too small for any of the rows.
@@ -64,9 +70,8 @@ class Scorer:
         Raises:
             ConfigError: it is.
         """
-        for group in self._prompt_groups(rows):
-            longest = max(len(rows[row].token_ids) for row in group.rows)
-            self._blocks((), (None,), longest, len(group.prefix))
+        for prefix, keys in self._prompt_groups(rows):
+            self._blocks((), (None,), max(len(key_tokens(rows, key)) for key in keys), len(prefix))
 
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
@@ -77,7 +82,9 @@ class Scorer:
     def score(
         self, unit: WorkUnit, rows: Sequence[PromptRow], answer: AnswerSpec, max_new_tokens: int, worker: str
     ) -> UnitResult:
-        """Return the answers of every candidate of a unit on the unit's rows, by greedy decoding.
+        """Return the answers of every candidate of a unit on the unit's rows.
+
+        By greedy decoding; of rows with choices, by the log-likelihood of each.
 
         A pure function of model, unit, rows and answer, but for seconds and layer applications. One layer application
         is one layer run on one row (or on a prefix that rows share) for one forward step: the first new token takes
@@ -97,40 +104,67 @@ class Scorer:
             TaskError: a row has no tokens, or more than the model has positions.
         """
         started = time.monotonic()
-        prompts = {row: rows[row].token_ids for row in unit.rows}
-        if not all(prompts.values()):
+        if not all(rows[row].token_ids for row in unit.rows):
             raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
-        self._loaded.info.check_length(max(map(len, prompts.values()), default=0), max_new_tokens)
+        self._loaded.info.check_lengths([rows[row] for row in unit.rows], max_new_tokens)
         for layer in unit.candidates:
             self._loaded.layers.check_removal(final_node(unit.removed, layer))
-        scored, layer_applications = self._tokens(unit, rows, max_new_tokens)
+        scored, layer_applications = self._tokens(unit, rows, max_new_tokens, self._ending(answer))
         answers = tuple(
             CandidateAnswers(
                 layer,
-                tuple(self._read(answer, found.tokens[row], rows[row].target) for row in unit.rows),
+                tuple(self._answer(answer, found, rows, row) for row in unit.rows),
                 found.seconds,
             )
             for layer, found in scored.items()
         )
         return UnitResult(unit, answers, layer_applications, time.monotonic() - started, worker)
 
+    def _answer(self, answer: AnswerSpec, found: _Scored, rows: Sequence[PromptRow], row: int) -> RowAnswer:
+        choices = rows[row].choices
+        if not choices:
+            return self._read(answer, found.tokens[row], rows[row].target)
+        return choose(
+            choices,
+            [found.log_likelihoods[row, at] for at in range(len(choices))],
+            rows[row].target,
+            normalised=answer.normalised,
+        )
+
     def _read(self, answer: AnswerSpec, tokens: Sequence[int], target: str) -> RowAnswer:
-        reply = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        prediction = parse_answer(answer, reply)
-        return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+        """Return what new tokens answer; most replies of one token have been read before."""
+        key = (answer, tuple(tokens), target)
+        if (known := self._answers.get(key)) is None:
+            reply = cut_reply(answer, self._text(tokens))
+            prediction = parse_answer(answer, reply)
+            known = RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+            if len(self._answers) < _MOST_ANSWERS:
+                self._answers[key] = known
+        return known
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _ending(self, answer: AnswerSpec) -> Ending:
+        """Return when a reply ends: at an end token, or once it cannot answer anything else."""
+        may_settle = answer.stop or answer.type in ("choice", "word")
+        return Ending(
+            frozenset(end_tokens(self._loaded.model)),
+            (lambda tokens: is_settled(answer, self._text(tokens))) if may_settle else None,
+        )
 
     def _tokens(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         """Return new tokens by candidate, by the fastest path that the model fits, and layer applications."""
         sweep = self.fit.sweep
         if sweep is None:
-            return self._viewed(unit, rows, max_new_tokens)
+            return self._viewed(unit, rows, max_new_tokens, ending)
         try:
             decoder = self._fitted_decoder(sweep) if max_new_tokens > 1 else None
             if max_new_tokens > 1 and decoder is None:
-                return self._viewed(unit, rows, max_new_tokens)
-            return self._swept(sweep, decoder, unit, rows, max_new_tokens)
+                return self._viewed(unit, rows, max_new_tokens, ending)
+            return self._swept(sweep, decoder, unit, rows, max_new_tokens, ending)
         finally:  # once more: a signal may have interrupted the tidying up itself
             sweep.widen()
             self._loaded.layers.restore()
@@ -147,51 +181,66 @@ class Scorer:
     # The plain path.
 
     def _viewed(
-        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int, ending: Ending
     ) -> tuple[dict[int | None, _Scored], int]:
         prompts = [rows[row].token_ids for row in unit.rows]
+        keys = row_keys(rows, unit.rows)
         scored: dict[int | None, _Scored] = {}
         layer_applications = 0
         for layer in unit.candidates:
             started = time.monotonic()
             removed = final_node(unit.removed, layer)
-            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch)
+            if any(rows[row].choices for row in unit.rows):
+                pairs = [key_choice(rows, key) for key in keys]
+                likely = view_log_likelihoods(self._loaded, removed, pairs, self.budget.batch)
+                layer_applications += (self._loaded.layers.num_layers - len(removed)) * len(keys)
+                found = dict(zip(keys, likely, strict=True))
+                scored[layer] = _Scored(log_likelihoods=found, seconds=time.monotonic() - started)
+                continue
+            tokens = view_tokens(self._loaded, removed, prompts, max_new_tokens, self.budget.batch, ending)
             layer_applications += (self._loaded.layers.num_layers - len(removed)) * sum(map(len, tokens))
-            scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), time.monotonic() - started)
+            scored[layer] = _Scored(dict(zip(unit.rows, tokens, strict=True)), seconds=time.monotonic() - started)
         return scored, layer_applications
 
     # The sweep, and decoding on from it.
 
     def _swept(
-        self, sweep: Sweep, decoder: Decoder | None, unit: WorkUnit, rows: Sequence[PromptRow], max_new_tokens: int
+        self,
+        sweep: Sweep,
+        decoder: Decoder | None,
+        unit: WorkUnit,
+        rows: Sequence[PromptRow],
+        max_new_tokens: int,
+        ending: Ending,
     ) -> tuple[dict[int | None, _Scored], int]:
         before = _applications(sweep, decoder)
         self._memory.start(unit.removed)
         started = time.monotonic()
-        scored: dict[int | None, _Scored] = {layer: _Scored({}, 0.0) for layer in unit.candidates}
-        own = set(unit.rows)
+        scored: dict[int | None, _Scored] = {layer: _Scored() for layer in unit.candidates}
+        own = set(row_keys(rows, unit.rows))
         groups = [
-            (group.prefix, {row: rows[row].token_ids for row in group.rows if row in own})
-            for group in self._prompt_groups(rows)
+            (prefix, {key: key_tokens(rows, key) for key in keys if key in own})
+            for prefix, keys in self._prompt_groups(rows)
         ]
         groups = [(prefix, found) for prefix, found in groups if found]
         for prefix, found in groups:  # whatever is refused is refused before anything runs
             longest = max(map(len, found.values()))
             self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
         for prefix, found in groups:
-            self._sweep_group(sweep, decoder, unit, prefix, found, max_new_tokens, scored)
+            self._sweep_group(sweep, decoder, unit, rows, prefix, found, max_new_tokens, ending, scored)
         seconds = time.monotonic() - started
         for each in scored.values():
             each.seconds = seconds / len(scored)
         return scored, _applications(sweep, decoder) - before
 
-    def _prompt_groups(self, rows: Sequence[PromptRow]) -> tuple[PromptGroup, ...]:
-        """Return how a split's rows share prefixes."""
+    def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[tuple[tuple[int, ...], list[Key]]]:
+        """Return prefixes that a split's rows share, and who shares them."""
         if self._groups[0] is not rows:
-            prompts = [row.token_ids for row in rows]
-            everyone = range(len(rows))
+            keys = row_keys(rows, range(len(rows)))
+            prompts = [key_context(rows, key) for key in keys]
+            everyone = range(len(keys))
             groups = group_prompts(prompts, everyone) if self.fit.prefix else (PromptGroup((), tuple(everyone)),)
-            self._groups = (rows, groups)
+            self._groups = (rows, [(group.prefix, [keys[at] for at in group.rows]) for group in groups])
             self._prefixes.clear()
         return self._groups[1]
 
@@ -200,9 +249,11 @@ class Scorer:
         sweep: Sweep,
         decoder: Decoder | None,
         unit: WorkUnit,
+        rows: Sequence[PromptRow],
         prefix: tuple[int, ...],
-        prompts: dict[int, tuple[int, ...]],
+        prompts: dict[Key, tuple[int, ...]],
         max_new_tokens: int,
+        ending: Ending,
         scored: dict[int | None, _Scored],
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
@@ -215,32 +266,52 @@ class Scorer:
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         lengths = [len(suffix) for suffix in suffixes]
-        head_rows = max(1, self.budget.batch // self._cost.logit_bytes)
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
-            held = self._cost.prefix_bytes(len(prefix), applications(steps))
-            states = self._prefix_states(sweep, prefix, steps, held, is_only=len(blocks) == 1) if prefix else None
-            row_bytes = partial(self._cost.sweep_bytes, prefix_tokens=len(prefix), nodes=most_nodes(steps))
-            one_row, held = row_bytes(max(lengths)), held + self._memory.limit
+            held = self._cost.prefix_bytes(len(prefix), applications(steps)) + self._memory.limit
+            states = self._prefix_states(sweep, prefix, steps, is_only=len(blocks) == 1) if prefix else None
+            room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), self.budget.total - held)
             if decoder is None:
-                for batch in batches(lengths, max(one_row, self.budget.after(held)), row_bytes):
-                    own = [suffixes[at] for at in batch]
-                    names = [(unit.split, len(prefix), order[at]) for at in batch]
-                    memory = self._memory.of(names, [len(suffix) for suffix in own])
-                    found = sweep.next_tokens(finals, own, states, memory, head_rows)
+                for batch, layout in self._layouts(suffixes, room):
+                    own = [order[at] for at in batch]
+                    memory = self._memory.of([(unit.split, len(prefix), key) for key in own], layout)
+                    if any(isinstance(key, tuple) for key in own):
+                        wanted = [key_choice(rows, key).continuation_ids for key in own]
+                        likely = sweep.log_likelihoods(finals, layout, wanted, states, memory, room.portions(layout))
+                        for layer, values in zip(candidates, likely, strict=True):
+                            scored[layer].log_likelihoods.update(zip(own, values, strict=True))
+                        continue
+                    found = sweep.next_tokens(finals, layout, states, memory, room.portions(layout))
                     first = [[[token] for token in tokens] for tokens in found]
-                    _note(scored, candidates, [order[at] for at in batch], first)
+                    _note(scored, candidates, own, first)
                 continue
             reply_bytes = partial(
                 self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
             )
-            for batch in batches(lengths, self.budget.total - held - one_row, reply_bytes):
-                own = [suffixes[at] for at in batch]
-                room = self.budget.after(held + len(batch) * reply_bytes(max(map(len, own))))
-                prefills = batches([len(suffix) for suffix in own], max(one_row, room), row_bytes)
-                ends = end_tokens(self._loaded.model)
-                new = decoder.new_tokens(finals, own, states, max_new_tokens, ends, prefills, head_rows)
+            for batch in batches(lengths, room.total - room.line_bytes(max(lengths)), reply_bytes):
+                ends = [suffixes[at] for at in batch]
+                left = replace(room, total=room.total - len(batch) * reply_bytes(max(map(len, ends))))
+                fills = [
+                    (some, left.portions(lay_lines([ends[at] for at in some])))
+                    for some in batches([len(suffix) for suffix in ends], left.total, left.line_bytes)
+                ]
+                new = decoder.new_tokens(finals, ends, states, max_new_tokens, ending, fills)
                 _note(scored, candidates, [order[at] for at in batch], new)
+
+    def _layouts(self, rows: Sequence[Sequence[int]], room: Room) -> Iterator[tuple[list[int], Layout]]:
+        """Yield micro-batches: positions of their rows, and how these lie in them."""
+        lengths = [len(row) for row in rows]
+        if not self.fit.trees:
+            for batch in batches(lengths, room.total, room.line_bytes):
+                yield batch, lay_lines([rows[at] for at in batch])
+            return
+        most = max(max(lengths), self._cost.pack_tokens)
+        while most > max(lengths) and room.line_bytes(most) > room.total:
+            most = max(max(lengths), most // 2)
+        packs = pack_rows(rows, most)
+        for batch in batches([len(pack.tokens) for pack in packs], room.total, room.line_bytes):
+            chosen = [packs[at] for at in batch]
+            yield [row for pack in chosen for row in pack.rows], lay_packs(chosen)
 
     def _blocks(
         self,
@@ -290,18 +361,21 @@ class Scorer:
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
     def _prefix_states(
-        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], held: int, *, is_only: bool
+        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], *, is_only: bool
     ) -> PrefixStates:
         """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept."""
         places = {(layer, node) for layer, step in enumerate(steps) for node in step.runs}
         states = self._prefixes.get(prefix)
         if states is None:
+            held = self._cost.prefix_bytes(len(prefix), applications(steps))
             if held * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
                 self._prefixes.clear()
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
         states.keep(places)
         if missing := {place for place in places if place not in states}:
-            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], [len(prefix)]))
+            layout = lay_lines([prefix])
+            portions = Room(self._cost, self.budget, 0, most_nodes(steps), self.budget.total).portions(layout)
+            sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], layout), portions)
         return states
 
 
@@ -312,9 +386,9 @@ def _applications(sweep: Sweep, decoder: Decoder | None) -> int:
 def _note(
     scored: dict[int | None, _Scored],
     candidates: Sequence[int | None],
-    rows: Sequence[int],
+    keys: Sequence[Key],
     new: Sequence[Sequence[list[int]]],
 ) -> None:
     """Remember the new tokens (candidates, rows) of some rows."""
     for layer, found in zip(candidates, new, strict=True):
-        scored[layer].tokens.update(zip(rows, found, strict=True))
+        scored[layer].tokens.update(zip(keys, found, strict=True))

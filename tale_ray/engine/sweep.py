@@ -13,29 +13,47 @@ from typing import Any
 import torch
 
 from tale_ray.engine.arguments import learn_arguments
+from tale_ray.engine.layout import Layout, lay_lines
+from tale_ray.engine.masks import TreeMasks, Unfit, learn_windows
 from tale_ray.engine.memory import BatchMemory
 from tale_ray.engine.prefix import PrefixStates, Record, SweepCache, stack
-from tale_ray.engine.streams import Node, Step, plan_sweep
+from tale_ray.engine.streams import Node, Step, most_nodes, plan_sweep
 from tale_ray.model.load import LoadedModel
 
 _MLPS = ("mlp", "feed_forward", "block_sparse_moe", "moe")  # what a layer calls its feed-forward part
 _OUTPUTS = ("o_proj", "out_proj")  # what attention calls its last projection
 
 
-class _LastTokens:
-    """A pre-hook: the module sees one position of each row only. What it returns is added to all, and right there."""
+class _Gather:
+    """A pre-hook: the module sees some slots of each node only."""
 
-    def __init__(self, last_b: torch.Tensor) -> None:
-        self.last_b = last_b
+    def __init__(self, slots_r: torch.Tensor, num_slots: int) -> None:
+        self.slots_r = slots_r
+        self.num_slots = num_slots  # of a node: all lines
 
     def __call__(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *others = inputs
-        last = self.last_b.to(hidden.device).repeat(hidden.shape[0] // len(self.last_b))
-        return (hidden[torch.arange(len(last), device=hidden.device), last, None], *others)
+        return tuple(self._gathered(value) if value.shape == inputs[0].shape else value for value in inputs)
+
+    def _gathered(self, hidden_btd: torch.Tensor) -> torch.Tensor:
+        hidden_nsd = hidden_btd.reshape(-1, self.num_slots, hidden_btd.shape[-1])
+        return hidden_nsd.index_select(1, self.slots_r.to(hidden_btd.device))
 
 
-class Unfit(Exception):  # no error of the user's: the caller goes another way
-    """The model's forward does something that a sweep does not know."""
+class _Scatter:
+    """The hook that goes with it: what the module returns is put where it belongs, among zeros."""
+
+    def __init__(self, slots_r: torch.Tensor, num_lines: int, length: int) -> None:
+        self.slots_r = slots_r
+        self.num_lines = num_lines
+        self.length = length
+
+    def __call__(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        found_nrd = output[0] if isinstance(output, tuple) else output
+        num_nodes, _, size = found_nrd.shape
+        all_nsd = found_nrd.new_zeros(num_nodes, self.num_lines * self.length, size)
+        all_nsd.index_copy_(1, self.slots_r.to(found_nrd.device), found_nrd)
+        all_btd = all_nsd.view(-1, self.length, size)
+        return (all_btd, *output[1:]) if isinstance(output, tuple) else all_btd
 
 
 @dataclass
@@ -43,24 +61,51 @@ class _Pass:
     """One pass of some rows through all layers."""
 
     steps: Sequence[Step]
-    last_b: torch.Tensor | None  # position of each row's last token; None: keys and values are all that is wanted
+    layout: Layout
+    reads_r: torch.Tensor | None  # slots whose final states are wanted; None: keys and values are all that is wanted
     cache: SweepCache | None
     memory: BatchMemory | None
+    trees: TreeMasks | None  # of a layout of trees
+    most_nodes: int  # that a layer is applied to at once
     states: dict[Node, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of the boundary: (n b t d, position)
-    block: torch.Tensor | None = None  # what the last layer that ran has computed
+    ran: bool = False  # any layer
+    repeated: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)  # per-row arguments, once a node
+
+
+@dataclass(frozen=True, slots=True)
+class Portions:
+    """How much of a sweep is at work at once, for memory's sake and so that it stays in a CPU's caches."""
+
+    nodes: int | None = None  # that a layer is applied to; None: all
+    head_rows: int | None = None  # that the head is applied to; None: all
 
 
 class Sweep:
-    """The sweep over one loaded model. `narrow` runs feed-forward parts on last tokens only where no more is needed."""
+    """The sweep over one loaded model. `narrow` runs feed-forward parts on wanted slots only where no more is needed.
+
+    Rows on lines of their own need neither mask nor positions; trees get masks and positions of ours.
+    """
 
     def __init__(self, loaded: LoadedModel, *, narrow: bool = True) -> None:
         self._loaded = loaded
         self._decoder: Any = loaded.model.get_decoder()
-        self._narrow = narrow
+        self._narrowable = [_narrowable(layer) for layer in loaded.layers.full] if narrow else []
         self._pass: _Pass | None = None
-        self._rows = 0
         self.layer_applications = 0
-        self._arguments = learn_arguments(loaded.layers, self._run_rows)
+        self._arguments = learn_arguments(loaded.layers, self._run_lines)
+        self._windows: tuple[int | None, ...] | None = None
+
+    @torch.inference_mode()
+    def learn_trees(self) -> None:
+        """Find out how layers mask tokens, which layouts of trees need.
+
+        Raises:
+            Unfit: other than causally, within a window.
+        """
+        self._tree_arguments = learn_arguments(self._loaded.layers, self._run_padded)
+        if not self._tree_arguments.masks:
+            raise Unfit("its layers take no masks")
+        self._windows = learn_windows(self._loaded, self._tree_arguments)
 
     @torch.inference_mode()
     def run_prefix(
@@ -69,87 +114,136 @@ class Sweep:
         token_ids: Sequence[int],
         wanted: Collection[tuple[int, Node]],
         memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
     ) -> None:
         """Compute the keys and values of the tokens at some (layer, node) places."""
         steps = plan_sweep(self._loaded.layers.num_layers, (), wanted, _known(memory))
         cache = SweepCache(prefix, writes=True)
-        self._run(_Pass(steps, None, cache, memory), [list(token_ids)])
+        self._run(_Pass(steps, lay_lines([token_ids]), None, cache, memory, None, _nodes(steps, portions)))
 
     @torch.inference_mode()
     def next_tokens(
         self,
         finals: Sequence[Node],
-        rows: Sequence[Sequence[int]],
+        layout: Layout,
         prefix: PrefixStates | None,
-        memory: BatchMemory | None,
-        head_rows: int,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
         record: Record | None = None,
     ) -> list[list[int]]:
         """Return the most likely next token of each row (without the prefix's tokens) at each final node.
 
-        The head runs on `head_rows` rows at a time. Every layer's keys and values are handed to `record`.
+        Every layer's keys and values are handed to `record`, those of all nodes together.
         """
-        last_nbd = self._last_states(finals, rows, prefix, memory, record)
-        last_rd = last_nbd.flatten(0, 1)
-        parts = [
-            self._head(last_rd[start : start + head_rows]).argmax(-1) for start in range(0, len(last_rd), head_rows)
-        ]
-        found: list[list[int]] = torch.cat(parts).view(last_nbd.shape[:2]).tolist()
+        last_nrd = self._last_states(finals, layout, prefix, memory, portions, record)
+        last_sd = last_nrd.flatten(0, 1)
+        size = portions.head_rows or len(last_sd)
+        parts = [self._head(last_sd[start : start + size]).argmax(-1) for start in range(0, len(last_sd), size)]
+        found: list[list[int]] = torch.cat(parts).view(last_nrd.shape[:2]).tolist()
         return found
 
     @torch.inference_mode()
-    def next_logits(
-        self, finals: Sequence[Node], rows: Sequence[Sequence[int]], prefix: PrefixStates | None
-    ) -> torch.Tensor:
+    def log_likelihoods(
+        self,
+        finals: Sequence[Node],
+        layout: Layout,
+        continuations: Sequence[Sequence[int]],
+        prefix: PrefixStates | None,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
+    ) -> list[list[float]]:
+        """Return the log-likelihood (nodes, rows), in nats, of each row's continuation at each final node.
+
+        A row's tokens are context and continuation, without the last token.
+        """
+        asked = [  # by predicted token: slot, token, row
+            (slot, token, row)
+            for row, (slots, tokens) in enumerate(zip(layout.slots, continuations, strict=True))
+            for slot, token in zip(slots[len(slots) - len(tokens) :], tokens, strict=True)
+        ]
+        slots = sorted({slot for slot, _, _ in asked})
+        states_nrd = self._last_states(finals, layout, prefix, memory, portions, slots=slots)
+        place = {slot: at for at, slot in enumerate(slots)}
+        device = states_nrd.device
+        at_q, token_q, row_q = (
+            torch.tensor(column, device=device)
+            for column in zip(*((place[slot], token, row) for slot, token, row in asked), strict=True)
+        )
+        found_nb = torch.zeros(len(finals), len(layout.slots), dtype=torch.float64, device=device)
+        size = portions.head_rows or len(slots)
+        for node, states_rd in enumerate(states_nrd):
+            for start in range(0, len(slots), size):
+                log_probabilities_rv = self._head(states_rd[start : start + size]).float().log_softmax(-1)
+                here = (at_q >= start) & (at_q < start + size)
+                values_q = log_probabilities_rv[at_q[here] - start, token_q[here]]
+                found_nb[node].index_add_(0, row_q[here], values_q.double())
+        found: list[list[float]] = found_nb.tolist()
+        return found
+
+    @torch.inference_mode()
+    def next_logits(self, finals: Sequence[Node], layout: Layout, prefix: PrefixStates | None) -> torch.Tensor:
         """Return the logits (nodes, rows, vocabulary) after each row at each final node."""
-        last_nbd = self._last_states(finals, rows, prefix, None)
-        return self._head(last_nbd.flatten(0, 1)).view(*last_nbd.shape[:2], -1)
+        last_nrd = self._last_states(finals, layout, prefix)
+        return self._head(last_nrd.flatten(0, 1)).view(*last_nrd.shape[:2], -1)
 
     def _last_states(
         self,
         finals: Sequence[Node],
-        rows: Sequence[Sequence[int]],
+        layout: Layout,
         prefix: PrefixStates | None,
-        memory: BatchMemory | None,
+        memory: BatchMemory | None = None,
+        portions: Portions = Portions(),
         record: Record | None = None,
+        slots: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states (nodes, rows, hidden size) of each row's last token, before the final norm.
+        """Return the hidden states (nodes, rows, hidden size) before the final norm, of each row's last token.
 
-        Padding is on the right and there is no mask: with causal attention no token of a row sees it.
+        Or those (nodes, slots, hidden size) of some slots.
         """
         steps = plan_sweep(self._loaded.layers.num_layers, finals, (), _known(memory))
-        longest = max(map(len, rows))
-        padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
-        last_b = torch.tensor([len(row) - 1 for row in rows])
+        reads_r = torch.tensor(layout.last_slots if slots is None else slots)
         cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
-        states = self._run(_Pass(steps, last_b, cache, memory), padded)
-        return torch.cat([self._last(states[node], last_b) for node in finals])
+        at_once = _nodes(steps, portions) if record is None else most_nodes(steps)
+        trees = self._tree_masks(layout, prefix, at_once) if layout.is_tree else None
+        states = self._run(_Pass(steps, layout, reads_r, cache, memory, trees, at_once))
+        return torch.stack([_read(states[node], reads_r) for node in finals])
 
-    def _last(self, state: tuple[torch.Tensor, int], last_b: torch.Tensor) -> torch.Tensor:
-        tensor_nbtd, position = state
-        state_btd = tensor_nbtd[position]
-        if state_btd.shape[1] == 1:
-            return state_btd[None, :, 0]
-        return state_btd[None, torch.arange(len(last_b)), last_b.to(state_btd.device)]
+    def _tree_masks(self, layout: Layout, prefix: PrefixStates | None, num_nodes: int) -> TreeMasks:
+        if self._windows is None:
+            raise Unfit("trees were not learned")
+        before = prefix.num_tokens if prefix is not None else 0
+        return TreeMasks(layout, before, num_nodes, self._loaded.model.dtype, self._loaded.model.device)
 
-    def _run(self, work: _Pass, rows: Sequence[Sequence[int]]) -> dict[Node, tuple[torch.Tensor, int]]:
-        """Run the decoder over rows of equal length and return the states above all layers."""
-        tokens_bt = torch.tensor(rows, device=self._loaded.model.device)
-        self._pass, self._rows = work, len(rows)
+    def _run(self, work: _Pass) -> dict[Node, tuple[torch.Tensor, int]]:
+        """Run the decoder over rows and return the states above all layers."""
+        tokens_bt = torch.tensor(work.layout.tokens, device=self._loaded.model.device)
+        ours: dict[str, Any] = {}
+        if work.trees is not None:
+            ours = {"position_ids": work.trees.positions_bt, "attention_mask": work.trees.mask(None, 1)}
+        self._pass = work
         try:
             self._narrow_layers(work)
             with self._loaded.layers.forwarding(self._forwards()):
-                self._decoder(input_ids=tokens_bt, past_key_values=work.cache, use_cache=work.cache is not None)
+                self._decoder(input_ids=tokens_bt, past_key_values=work.cache, use_cache=work.cache is not None, **ours)
         finally:
             self._pass = None
             self.widen()
-        if any(step.runs for step in work.steps) and work.block is None:
+        if any(step.runs for step in work.steps) and not work.ran:
             raise Unfit("the decoder did not call its layers")
         return work.states
 
-    def _run_rows(self, num_rows: int) -> None:
+    def _run_lines(self, num_rows: int) -> None:
         tokens_bt = torch.zeros((num_rows, 2), dtype=torch.long, device=self._loaded.model.device)
         self._decoder(input_ids=tokens_bt, use_cache=False)
+
+    def _run_padded(self, num_rows: int) -> None:
+        """Run the decoder on rows of two tokens with positions of their own, the first of which is padding in one."""
+        mask_bt = torch.ones((num_rows, 2), dtype=torch.long, device=self._loaded.model.device)
+        mask_bt[0, 0] = 0
+        positions_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
+        self._decoder(
+            input_ids=torch.zeros_like(mask_bt), attention_mask=mask_bt, position_ids=positions_bt, use_cache=False
+        )
 
     def _head(self, last_rd: torch.Tensor) -> torch.Tensor:
         """Return the logits (rows, vocabulary) of final hidden states, by the model's forward past all layers."""
@@ -187,56 +281,86 @@ class Sweep:
         below, above = work.states, {}
         for node in step.passes:
             above[node] = below[node[:-1]]
-        if step.runs:
-            order = sorted(step.runs, key=lambda node: (below[node][0] is not work.block, below[node][1], node))
-            stacked_nbtd = stack([below[node] for node in order])
-            num_nodes = len(order)
-            if work.cache is not None:
-                work.cache.layer, work.cache.nodes = layer, tuple(order)
-            found = own(
-                stacked_nbtd.flatten(0, 1),
-                *(self._fit(value, num_nodes, (at,)) for at, value in enumerate(args)),
-                **{name: self._fit(value, num_nodes, (name,)) for name, value in kwargs.items()},
-            )
-            found = found[0] if isinstance(found, tuple) else found
-            work.block = found.reshape(num_nodes, self._rows, *found.shape[1:])
-            above.update((node, (work.block, at)) for at, node in enumerate(order) if node in step.kept)
+        block_order = {id(tensor): at for at, (tensor, _) in enumerate(below.values())}  # what lies together runs so
+        order = sorted(step.runs, key=lambda node: (block_order[id(below[node][0])], below[node][1], node))
+        for start in range(0, len(order), work.most_nodes):
+            nodes = tuple(order[start : start + work.most_nodes])
+            block_nbtd = self._apply(work, layer, own, nodes, args, kwargs)
+            above.update((node, (block_nbtd, at)) for at, node in enumerate(nodes) if node in step.kept)
             if work.memory is not None and not step.last_only:
-                work.memory.add(layer + 1, order, work.block)
-            self.layer_applications += num_nodes * self._rows
+                work.memory.add(layer + 1, nodes, block_nbtd)
         if work.memory is not None:
             above.update((node, (work.memory.load(layer + 1, node), 0)) for node in step.loads)
         work.states = above
 
-    def _fit(self, value: Any, num_nodes: int, place: tuple[Any, ...]) -> Any:
+    def _apply(
+        self, work: _Pass, layer: int, own: Any, nodes: tuple[Node, ...], args: Any, kwargs: Any
+    ) -> torch.Tensor:
+        """Return what a layer makes of some nodes (nodes, lines, slots, hidden size)."""
+        stacked_nbtd = stack([work.states[node] for node in nodes])
+        if work.cache is not None:
+            work.cache.layer, work.cache.nodes = layer, nodes
+        found = own(
+            stacked_nbtd.flatten(0, 1),
+            *(self._fit(work, layer, value, len(nodes), (at,)) for at, value in enumerate(args)),
+            **{name: self._fit(work, layer, value, len(nodes), (name,)) for name, value in kwargs.items()},
+        )
+        found = found[0] if isinstance(found, tuple) else found
+        work.ran = True
+        self.layer_applications += len(nodes) * len(work.layout.slots)
+        block_nbtd: torch.Tensor = found.reshape(len(nodes), work.layout.num_lines, *found.shape[1:])
+        return block_nbtd
+
+    def _fit(self, work: _Pass, layer: int, value: Any, num_nodes: int, place: tuple[Any, ...]) -> Any:
         """Return a layer's argument for all nodes: what is the same for all rows once, the rest once a node."""
         if isinstance(value, tuple | list):
-            return type(value)(self._fit(item, num_nodes, (*place, at)) for at, item in enumerate(value))
+            return type(value)(self._fit(work, layer, item, num_nodes, (*place, at)) for at, item in enumerate(value))
+        arguments = self._arguments
+        if work.trees is not None:
+            assert self._windows is not None, "trees have been learned"
+            arguments = self._tree_arguments
+            if place in arguments.masks:
+                return work.trees.mask(self._windows[layer], num_nodes)
         if not isinstance(value, torch.Tensor):
             return value
         if value.ndim == 4:
             return value[:1]  # a mask: without padding it is the same for all rows
-        if place in self._arguments.per_row:
-            return value.repeat(num_nodes, *(1 for _ in value.shape[1:]))
-        return value
+        if place not in arguments.per_row or value.shape[0] == 1:
+            return value
+        if (known := work.repeated.get(id(value))) is None:  # once a pass, not once a layer
+            repeated = value.repeat(work.most_nodes, *(1 for _ in value.shape[1:]))
+            known = work.repeated[id(value)] = (value, repeated)  # the value, too: its id stays its
+        return known[1][: num_nodes * value.shape[0]]
 
     def _narrow_layers(self, work: _Pass) -> None:
-        """Let the feed-forward part of layers whose outcome is needed at last positions only run there."""
-        if not self._narrow:
-            return
-        last_b = work.last_b if work.last_b is not None else torch.zeros(self._rows, dtype=torch.long)
-        for step, layer in zip(work.steps, self._loaded.layers.full, strict=True):
+        """Let the feed-forward part of layers of which only some slots are needed run there only."""
+        layout = work.layout
+        slots_r = torch.zeros(1, dtype=torch.long) if work.reads_r is None else work.reads_r
+        gather = _Gather(slots_r, layout.num_lines * layout.num_slots)
+        scatter = _Scatter(slots_r, layout.num_lines, layout.num_slots)
+        for step, modules in zip(work.steps, self._narrowable, strict=False):
             if step.runs and step.last_only:
-                for module in _narrowable(layer):
-                    module.register_forward_pre_hook(_LastTokens(last_b))
+                for module in modules:
+                    module.register_forward_pre_hook(gather)
+                    module.register_forward_hook(scatter)
 
     def widen(self) -> None:
         """Take our hooks off; not by their handles: an exception from a signal could have kept us from getting them."""
-        for layer in self._loaded.layers.full:
-            for module in _narrowable(layer):
-                hooks = module._forward_pre_hooks
-                for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
-                    del hooks[key]
+        for modules in self._narrowable:
+            for module in modules:
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key in [key for key, hook in hooks.items() if isinstance(hook, _Gather | _Scatter)]:
+                        del hooks[key]
+
+
+def _nodes(steps: Sequence[Step], portions: Portions) -> int:
+    return min(most_nodes(steps), portions.nodes or most_nodes(steps))
+
+
+def _read(state: tuple[torch.Tensor, int], reads_r: torch.Tensor) -> torch.Tensor:
+    """Return a state (lines, slots, size) at some slots."""
+    tensor_nbtd, position = state
+    return tensor_nbtd[position].flatten(0, 1).index_select(0, reads_r.to(tensor_nbtd.device))
 
 
 def _known(memory: BatchMemory | None) -> Callable[[int, Node], bool]:

@@ -4,15 +4,29 @@ The model's own forward and `generate` do all the computing. It works for every 
 on, and what it is compared with. Axes in tensor names: b rows of a micro-batch, t tokens, d hidden size, v vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from tale_ray.engine.budget import batches, row_cost
 from tale_ray.model.load import LoadedModel
+from tale_ray.records import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When a reply ends before it has all its new tokens."""
+
+    tokens: frozenset[int]  # that end it
+    is_settled: Callable[[Sequence[int]], bool] | None = None  # whether what comes after so many tokens is not wanted
+
+    def is_over(self, new: Sequence[int]) -> bool:
+        """Return whether the reply has ended with its last token."""
+        return new[-1] in self.tokens or (self.is_settled is not None and self.is_settled(new))
 
 
 @torch.inference_mode()
@@ -22,10 +36,12 @@ def view_tokens(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     budget_bytes: int,
+    ending: Ending | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, the end token included, by the model without the layers `removed`.
 
-    The model is whole again afterwards, also when an exception (a signal's, too) ends it halfway.
+    Without an `ending` replies end at the model's end tokens. The model is whole again afterwards, also when an
+    exception (a signal's, too) ends it halfway.
 
     Raises:
         ModelError: a layer cannot be removed.
@@ -41,12 +57,47 @@ def view_tokens(
                 if max_new_tokens == 1:
                     new = [[token] for token in _next_tokens(loaded.model, chosen)]
                 else:
-                    new = _generate(loaded.model, chosen, max_new_tokens)
+                    new = _generate(
+                        loaded.model, chosen, max_new_tokens, ending or Ending(frozenset(end_tokens(loaded.model)))
+                    )
                 found.update(zip(batch, new, strict=True))
     finally:  # once more: a signal may have interrupted the tidying up itself
         _free_head(loaded.model)
         loaded.layers.restore()
     return [tokens for _, tokens in sorted(found.items())]
+
+
+@torch.inference_mode()
+def view_log_likelihoods(
+    loaded: LoadedModel, removed: Collection[int], choices: Sequence[Choice], budget_bytes: int
+) -> list[float]:
+    """Return the log-likelihood, in nats, of each choice's continuation by the model without the layers `removed`.
+
+    Raises:
+        ModelError: a layer cannot be removed.
+        ConfigError: not even one choice fits into `budget_bytes`.
+    """
+    rows = [(*choice.context_ids, *choice.continuation_ids[:-1]) for choice in choices]
+    cost = row_cost(loaded.model)
+    plan = batches(
+        [len(row) for row in rows], budget_bytes, lambda tokens: cost.row_bytes(tokens, 1) + tokens * cost.logit_bytes
+    )
+    found: dict[int, float] = {}
+    try:
+        with loaded.layers.without(removed):
+            for batch in plan:
+                longest = max(len(rows[at]) for at in batch)
+                padded = [[*rows[at], *[rows[at][-1]] * (longest - len(rows[at]))] for at in batch]
+                logits_btv = loaded.model(
+                    input_ids=torch.tensor(padded, device=loaded.model.device), use_cache=False
+                ).logits
+                for at, logits_tv in zip(batch, logits_btv, strict=True):
+                    wanted = torch.tensor(choices[at].continuation_ids, device=logits_tv.device)
+                    own_tv = logits_tv[len(rows[at]) - len(wanted) : len(rows[at])].float().log_softmax(-1)
+                    found[at] = float(own_tv.gather(1, wanted[:, None]).double().sum())
+    finally:  # once more: a signal may have interrupted the tidying up itself
+        loaded.layers.restore()
+    return [value for _, value in sorted(found.items())]
 
 
 def _next_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -98,7 +149,7 @@ def _free_head(model: Any) -> None:
         del hooks[key]
 
 
-def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ending: Ending) -> list[list[int]]:
     """The new tokens of each prompt by greedy decoding with a KV cache, the end token included where there is one."""
     neutral = model.generation_config
     end, pad = neutral.eos_token_id, neutral.pad_token_id
@@ -117,9 +168,22 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int)
             pad_token_id=pad,
             bos_token_id=neutral.bos_token_id,
         ),
+        stopping_criteria=[_Settled(longest, ending)] if ending.is_settled is not None else None,
     )
-    ends = end_tokens(model)
-    return [_until_end(tokens[longest:], ends) for tokens in written_bt.tolist()]
+    return [_until_end(tokens[longest:], ending) for tokens in written_bt.tolist()]
+
+
+class _Settled(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Tells `generate` which rows are settled."""
+
+    def __init__(self, prompt_tokens: int, ending: Ending) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._ending = ending
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
+        del scores
+        over = [self._ending.is_over(tokens[self._prompt_tokens :]) for tokens in input_ids.tolist()]
+        return torch.tensor(over, device=input_ids.device)
 
 
 def end_tokens(model: Any) -> set[int]:
@@ -134,8 +198,5 @@ def _has_attention(model: Any) -> bool:
     return kinds is None or any("attention" in kind and kind != "linear_attention" for kind in kinds)
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: position + 1]
-    return tokens
+def _until_end(tokens: list[int], ending: Ending) -> list[int]:
+    return next((tokens[:count] for count in range(1, len(tokens)) if ending.is_over(tokens[:count])), tokens)

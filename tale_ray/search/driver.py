@@ -5,26 +5,25 @@ scored, a finished round before the next is proposed. The driver keeps nothing t
 going on after a kill is the same loop with another history.
 """
 
-import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 from tale_ray.errors import BaselineZero
 from tale_ray.records import CandidateScore, Example, Round, Score, SplitName, StopReason, Work
 from tale_ray.search.history import History
+from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
-from tale_ray.search.scheduler import Keep, Scheduler, Scoring, UnitShape
+from tale_ray.search.scheduler import Keep, Race, Scheduler, Scoring
 from tale_ray.search.strategy import Strategy
 from tale_ray.store.layout import round_scope
 from tale_ray.store.run import RunWriter
 from tale_ray.store.tables import AnswerSheet
 
-UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
-LEAST_UNIT_SECONDS = 0.2  # less is not worth a file
-UNITS_PER_ROUND = 16  # so that candidates that cannot win are left out early, and workers finish a round together
-UNITS_PER_WORKER = 2  # at least, if need be by sharing out the candidates
+DIFFICULTY_STEPS = 10  # in which rows count as equally hard, so that similar ones stay together
+COMMITTED_WEIGHT = 3  # that the current model and those before it have, beside candidates, in how hard a row is
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +68,6 @@ def held_out_scope(number: int) -> str:
     return f"test-{number:04d}"
 
 
-def unit_shape(scoring: Scoring, row_seconds: float | None, num_workers: int = 1) -> UnitShape:
-    """Return how large units are, from the seconds that one row took in round 0 (None before that).
-
-    A unit holds all candidates, as they share what they have in common, and about a sixteenth of the rows: more where
-    that takes less than `LEAST_UNIT_SECONDS`, fewer where it takes more than `UNIT_SECONDS`, if all candidates take
-    half of what they would alone. Where there are too few rows for all workers, the candidates are shared out.
-    """
-    rows = math.ceil(scoring.num_rows / UNITS_PER_ROUND)
-    if row_seconds:
-        sweep_seconds = row_seconds * max(1.0, len(scoring.candidates) / 2)
-        rows = min(max(rows, int(LEAST_UNIT_SECONDS / sweep_seconds)), max(1, int(UNIT_SECONDS / sweep_seconds)))
-    rows = min(rows, math.ceil(scoring.num_rows / min(num_workers * UNITS_PER_WORKER, scoring.num_rows)))
-    shares = math.ceil(num_workers * UNITS_PER_WORKER / math.ceil(scoring.num_rows / rows))
-    return UnitShape(rows=rows, candidates=math.ceil(len(scoring.candidates) / shares))
-
-
 def picked_rounds(history: History) -> dict[int, Round]:
     """Return the distinct rounds among the results of a search, by number."""
     return {entry.number: entry for entry in sorted(history.picks.values(), key=lambda entry: entry.number)}
@@ -113,6 +96,7 @@ class Driver:
         pool: Pool,
         writer: RunWriter,
         loaded_at: float,
+        similar: Mapping[SplitName, Sequence[int]] = MappingProxyType({}),
         exhaustive: bool = False,
     ) -> None:
         self.history = history
@@ -123,6 +107,9 @@ class Driver:
         self._writer = writer
         self._loaded_at = loaded_at  # time.monotonic() when the first worker had loaded the model
         self._exhaustive = exhaustive
+        self._similar = similar
+        self._pace = Pace(history.num_layers)
+        self._homes: dict[SplitName, Mapping[int, str]] = {}
         self.retries = 0
         self.wasted_rows = 0
 
@@ -148,15 +135,15 @@ class Driver:
 
     def _round(self, removed: tuple[int, ...], candidates: tuple[int | None, ...]) -> Iterator[SearchEvent]:
         number = len(self.history.rounds)
-        floor = None if number == 0 or self._exhaustive else self._strategy.race_floor(self.history)
+        race = None if number == 0 or self._exhaustive else self._race(candidates)
         scoring = Scoring(
             scope=round_scope(number),
             split="search",
             removed=removed,
             candidates=candidates,
             num_rows=len(self._examples["search"]),
-            floor=floor,
-            row_order=None if floor is None else self._row_order(),
+            race=race,
+            row_order=self._order_of("search") if race is None else self._hardest_first(),
         )
         scheduler = yield from self._score(scoring)
         finished = self._decide(number, removed, scheduler.scores())
@@ -165,18 +152,41 @@ class Driver:
         self.history = self.history.with_round(finished)
         yield RoundFinished(finished, self.history)
 
-    def _row_order(self) -> tuple[int, ...]:
-        """Return the search rows, those first that most of the committed models answered wrong.
+    def _race(self, candidates: tuple[int | None, ...]) -> Race | None:
+        """Return how candidates race: the favourite is who might have got most rows right in the last round."""
+        if (floor := self._strategy.race_floor(self.history)) is None:
+            return None
+        latest = self.history.rounds[-1]
+        sheet = self._writer.reader.answers(round_scope(latest.number))
+        num_rows = len(self._examples["search"])
+        right = tuple(answer.correct for answer in sheet.answers) if sheet else (True,) * num_rows
+        known = [each for each in latest.candidates if each.layer is not None and each.layer in candidates]
+        favourite = max(known, key=lambda each: (each.correct - each.seen, -(each.layer or 0)), default=None)
+        return Race(floor, right, None if favourite is None else favourite.layer)
+
+    def _order_of(self, split: SplitName) -> tuple[int, ...]:
+        """Return the rows of a split with similar prompts side by side."""
+        rank = self._similar.get(split) or range(len(self._examples[split]))
+        return tuple(sorted(range(len(rank)), key=lambda row: rank[row]))
+
+    def _hardest_first(self) -> tuple[int, ...]:
+        """Return the search rows, those first that most models of this run so far got wrong.
 
         Those that all get wrong tell nothing apart, but they use up what a candidate may miss, so that the first row
         that only a bad one misses puts it out.
         """
         sheets = [self._writer.reader.answers(round_scope(entry.number)) for entry in self.history.rounds]
-        wrong = [0] * len(self._examples["search"])
+        num_rows = len(self._examples["search"])
+        seen, missed = [0] * num_rows, [0] * num_rows
         for sheet in sheets:
             for row, answer in enumerate(sheet.answers if sheet else ()):
-                wrong[row] += not answer.correct
-        return tuple(sorted(range(len(wrong)), key=lambda row: (-wrong[row], row)))
+                seen[row] += COMMITTED_WEIGHT
+                missed[row] += COMMITTED_WEIGHT * (not answer.correct)
+            for row, (others, wrong) in enumerate(sheet.candidates if sheet else ()):
+                seen[row] += others
+                missed[row] += wrong
+        steps = [round(DIFFICULTY_STEPS * wrong / max(1, count)) for wrong, count in zip(missed, seen, strict=True)]
+        return tuple(sorted(self._order_of("search"), key=lambda row: -steps[row]))
 
     def _decide(self, number: int, removed: tuple[int, ...], scores: tuple[CandidateScore, ...]) -> Round:
         if number == 0:
@@ -198,7 +208,7 @@ class Driver:
         stored = self._writer.reader.rounds()
         parent = stored[finished.number - 1].digest if finished.number else ""
         if finished.committed:
-            self._writer.write_answers(self._sheet(scheduler, finished.removed_layer))
+            self._writer.write_answers(self._sheet(scheduler, finished.removed_layer, scheduler.misses()))
         self._writer.write_round(finished, work, parent)
         if finished.committed:
             self._writer.drop_partials(scheduler.scoring.scope)
@@ -215,7 +225,9 @@ class Driver:
         for number, entry in picked_rounds(self.history).items():
             sheet = self._writer.reader.answers(held_out_scope(number))
             if sheet is None:
-                scoring = Scoring(held_out_scope(number), "test", entry.removed, (None,), len(rows))
+                scoring = Scoring(
+                    held_out_scope(number), "test", entry.removed, (None,), len(rows), row_order=self._order_of("test")
+                )
                 scheduler = yield from self._score(scoring)
                 sheet = self._sheet(scheduler, None)
                 self._writer.write_answers(sheet)
@@ -242,8 +254,8 @@ class Driver:
 
     def _score(self, scoring: Scoring) -> Generator[SearchEvent, None, Scheduler]:
         known = self._writer.reader.unit_results(scoring.scope)
-        shape = unit_shape(scoring, self._row_seconds(), max(1, len(self._pool.workers)))
-        scheduler = Scheduler(scoring, shape, known, self._pool.workers)
+        homes = self._homes.get(scoring.split, {})
+        scheduler = Scheduler(scoring, self._pace, known, self._pool.workers, homes, self._pool.units_per_worker)
         yield ScoringStarted(scoring, self.history, scheduler.done_cells, scheduler.total_cells)
         try:
             for step in self._pool.run(scheduler):
@@ -255,15 +267,12 @@ class Driver:
         finally:
             self.retries += scheduler.retries
             self.wasted_rows += scheduler.wasted_rows
+            self._homes[scoring.split] = scheduler.homes
         return scheduler
 
-    def _row_seconds(self) -> float | None:
-        if not self.history.rounds:
-            return None
-        baseline = self.history.rounds[0].candidates[0]
-        return baseline.seconds / baseline.seen
-
-    def _sheet(self, scheduler: Scheduler, candidate: int | None) -> AnswerSheet:
+    def _sheet(
+        self, scheduler: Scheduler, candidate: int | None, candidates: tuple[tuple[int, int], ...] = ()
+    ) -> AnswerSheet:
         scoring = scheduler.scoring
         examples = self._examples[scoring.split]
         return AnswerSheet(
@@ -272,6 +281,7 @@ class Driver:
             row_digests=tuple(example.digest for example in examples),
             targets=tuple(example.target for example in examples),
             answers=scheduler.answers(candidate),
+            candidates=candidates,
         )
 
     def _record_attempt(self, **changes: float) -> None:

@@ -60,6 +60,8 @@ WorkerEvent: TypeAlias = WorkerJoined | WorkerLost | UnitDone | UnitFailed
 class Executor(Protocol):
     """Where units are run. Used in this order: connect, load, encode, share, submit and poll; close in any case."""
 
+    units_per_worker: int  # that a worker is given at once: what waits is chosen before the result that may decide it
+
     def connect(self) -> None:
         """Reach the place, loading nothing.
 

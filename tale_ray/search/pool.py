@@ -50,6 +50,7 @@ class Pool:
 
     def __init__(self, executor: Executor, interruption: Interruption) -> None:
         self.workers: dict[str, None] = {}  # in order of joining
+        self.units_per_worker = executor.units_per_worker
         self._executor = executor
         self._interruption = interruption
 

@@ -8,6 +8,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import pyarrow as pa
+
 from tale_ray.records import Round, UnitResult, Work
 from tale_ray.store import layout
 from tale_ray.store.documents import JSON, MANIFEST, AttemptRecord, Lease, Manifest, dump_json, format_time
@@ -53,6 +55,7 @@ class RunWriter:
         files = Files(uri, clock)
         layout.check_names(files)
         files.prepare()
+        pa.array([""])  # imports what pyarrow asks after (pandas) now, not when the first unit is to be stored
 
         def next_attempt(replaced: Lease | None) -> int:
             return 1 + max(layout.last_attempt(files), replaced.attempt if replaced else 0)

@@ -33,11 +33,26 @@ ROUND_SCHEMA = pa.schema(
         "removed": pa.list_(pa.int32()),  # cumulative, in order of removal, the winner included
     }
 )
-ANSWER_FIELDS = {"reply": pa.string(), "prediction": pa.string(), "correct": pa.bool_()}
+SCORE_FIELDS = ("layer", "correct", "seen", "invalid", "status", "seconds")
+ANSWER_FIELDS = {
+    "reply": pa.string(),
+    "prediction": pa.string(),
+    "correct": pa.bool_(),
+    "log_likelihoods": pa.list_(pa.float64()),  # null where replies are decoded
+}
 UNIT_SCHEMA = pa.schema({"layer": pa.int32(), "row": pa.int64(), "row_digest": pa.string(), **ANSWER_FIELDS})
 SHEET_SCHEMA = pa.schema(
-    {"row": pa.int64(), "split": pa.string(), "row_digest": pa.string(), "target": pa.string(), **ANSWER_FIELDS}
+    {
+        **{"row": pa.int64(), "split": pa.string(), "row_digest": pa.string(), "target": pa.string(), **ANSWER_FIELDS},
+        "candidates_seen": pa.int32(),  # of the round: how many were scored on the row
+        "candidates_missed": pa.int32(),  # and how many of them got it wrong
+    }
 )
+_LATER_COLUMNS = {
+    "candidates_seen",
+    "candidates_missed",
+    "log_likelihoods",
+}  # that files of earlier versions do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,7 @@ class AnswerSheet:
     row_digests: tuple[str, ...]
     targets: tuple[str, ...]
     answers: tuple[RowAnswer, ...]
+    candidates: tuple[tuple[int, int], ...] = ()  # by row: how many were scored on it, and got it wrong; or empty
 
 
 def canonical_json(value: Any) -> str:
@@ -85,17 +101,15 @@ def digest_round(round_: Round, parent: str) -> str:
 def dump_round(stored: StoredRound, run: str) -> bytes:
     """Return the bytes of a round's file: one row per candidate."""
     round_ = stored.round
-    rows = [
-        {
-            **asdict(score),
-            "round": round_.number,
-            "attempt": stored.attempt,
-            "winner": score.layer == round_.removed_layer,
-            "committed": round_.committed,
-            "removed": list(round_.removed),
-        }
-        for score in round_.candidates
-    ]
+    scores = round_.candidates
+    columns = {
+        **{name: [getattr(score, name) for score in scores] for name in SCORE_FIELDS},
+        "round": [round_.number] * len(scores),
+        "attempt": [stored.attempt] * len(scores),
+        "winner": [score.layer == round_.removed_layer for score in scores],
+        "committed": [round_.committed] * len(scores),
+        "removed": [list(round_.removed)] * len(scores),
+    }
     header = {
         "number": round_.number,
         "removed_layer": round_.removed_layer,
@@ -105,7 +119,7 @@ def dump_round(stored: StoredRound, run: str) -> bytes:
     }
     texts = {"run": run, "attempt": str(stored.attempt), "parent": stored.parent, "digest": stored.digest}
     return _dump(
-        rows, ROUND_SCHEMA, {**texts, "round": canonical_json(header), "work": canonical_json(asdict(stored.work))}
+        columns, ROUND_SCHEMA, {**texts, "round": canonical_json(header), "work": canonical_json(asdict(stored.work))}
     )
 
 
@@ -119,13 +133,12 @@ def load_round(data: bytes, path: str) -> StoredRound:
     with _damage_named(path, remedy):
         rows, texts = _load(data, ROUND_SCHEMA, path)
         header = json.loads(texts["round"])
-        names = ("layer", "correct", "seen", "invalid", "status", "seconds")
         round_ = Round(
             number=header["number"],
             removed_layer=header["removed_layer"],
             removed=tuple(header["removed"]),
             score=Score(**header["score"]),
-            candidates=tuple(CandidateScore(**{name: row[name] for name in names}) for row in rows),
+            candidates=tuple(CandidateScore(**{name: row[name] for name in SCORE_FIELDS}) for row in rows),
             committed=header["committed"],
         )
         if digest_round(round_, texts["parent"]) != texts["digest"]:
@@ -137,11 +150,12 @@ def load_round(data: bytes, path: str) -> StoredRound:
 def dump_unit(result: UnitResult, row_digests: Sequence[str], attempt: int, run: str) -> bytes:
     """Return the bytes of a unit's file: one row per candidate and row; `row_digests` belong to the unit's rows."""
     unit = result.unit
-    rows = [
-        {"layer": candidate.layer, "row": row, "row_digest": digest, **asdict(answer)}
-        for candidate in result.candidates
-        for row, digest, answer in zip(unit.rows, row_digests, candidate.answers, strict=True)
-    ]
+    columns: dict[str, list[Any]] = {
+        "layer": [candidate.layer for candidate in result.candidates for _ in unit.rows],
+        "row": [*unit.rows] * len(result.candidates),
+        "row_digest": [*row_digests] * len(result.candidates),
+        **_answer_columns([answer for candidate in result.candidates for answer in candidate.answers]),
+    }
     header = {
         "layer_applications": result.layer_applications,
         "seconds": result.seconds,
@@ -154,7 +168,7 @@ def dump_unit(result: UnitResult, row_digests: Sequence[str], attempt: int, run:
         "unit": canonical_json(asdict(unit)),
         "result": canonical_json(header),
     }
-    return _dump(rows, UNIT_SCHEMA, texts)
+    return _dump(columns, UNIT_SCHEMA, texts)
 
 
 def load_unit(data: bytes, path: str) -> UnitResult:
@@ -183,14 +197,19 @@ def load_unit(data: bytes, path: str) -> UnitResult:
 
 def dump_sheet(sheet: AnswerSheet, attempt: int, run: str) -> bytes:
     """Return the bytes of an answer sheet's file: one row per row of the split."""
-    rows = [
-        {"row": row, "split": sheet.split, "row_digest": digest, "target": target, **asdict(answer)}
-        for row, (digest, target, answer) in enumerate(
-            zip(sheet.row_digests, sheet.targets, sheet.answers, strict=True)
-        )
-    ]
+    num_rows = len(sheet.answers)
+    candidates = sheet.candidates or ((None, None),) * num_rows
+    columns: dict[str, list[Any]] = {
+        "row": list(range(num_rows)),
+        "split": [sheet.split] * num_rows,
+        "row_digest": list(sheet.row_digests),
+        "target": list(sheet.targets),
+        **_answer_columns(sheet.answers),
+        "candidates_seen": [seen for seen, _ in candidates],
+        "candidates_missed": [missed for _, missed in candidates],
+    }
     texts = {"run": run, "attempt": str(attempt), "scope": sheet.scope, "split": sheet.split}
-    return _dump(rows, SHEET_SCHEMA, texts)
+    return _dump(columns, SHEET_SCHEMA, texts)
 
 
 def load_sheet(data: bytes, path: str) -> AnswerSheet:
@@ -208,17 +227,35 @@ def load_sheet(data: bytes, path: str) -> AnswerSheet:
             row_digests=tuple(row["row_digest"] for row in rows),
             targets=tuple(row["target"] for row in rows),
             answers=_answers(rows),
+            candidates=tuple(
+                (row["candidates_seen"], row["candidates_missed"])
+                for row in rows
+                if row["candidates_seen"] is not None and row["candidates_missed"] is not None
+            ),
         )
 
 
+def _answer_columns(answers: Sequence[RowAnswer]) -> dict[str, list[Any]]:
+    return {name: [getattr(answer, name) for answer in answers] for name in ANSWER_FIELDS}
+
+
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[RowAnswer, ...]:
-    return tuple(RowAnswer(row["reply"], row["prediction"], row["correct"]) for row in rows)
+    return tuple(
+        RowAnswer(
+            row["reply"],
+            row["prediction"],
+            row["correct"],
+            None if row["log_likelihoods"] is None else tuple(row["log_likelihoods"]),
+        )
+        for row in rows
+    )
 
 
-def _dump(rows: list[dict[str, Any]], schema: Any, texts: Mapping[str, str]) -> bytes:
+def _dump(columns: Mapping[str, list[Any]], schema: Any, texts: Mapping[str, str]) -> bytes:
     metadata = {"schema_version": str(SCHEMA_VERSION), **texts}
     metadata["checksum"] = _checksum(metadata)  # Parquet has its own for the columns
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
@@ -248,6 +285,9 @@ def _load(data: bytes, schema: Any, path: str) -> tuple[list[dict[str, Any]], di
     check_version(int(texts["schema_version"]), path)
     if texts.pop("checksum") != _checksum(texts):
         raise ValueError("its checksum does not fit its metadata")
+    for name in _LATER_COLUMNS & (set(schema.names) - set(table.column_names)):
+        table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+    table = table.select(schema.names) if set(table.column_names) == set(schema.names) else table
     if not table.schema.equals(schema):
         raise ValueError(f"its columns are {', '.join(table.column_names)}, not {', '.join(schema.names)}")
     return table.to_pylist(), texts

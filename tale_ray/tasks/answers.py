@@ -17,6 +17,7 @@ from tale_ray.errors import TaskError
 from tale_ray.tasks.spec import AnswerSpec
 
 _LETTER_OR_DIGIT: Final = r"[^\W_]"
+_AFTER_LABEL: Final = tuple(" \n\t.,;:!?")  # the empty text at the end is not among them
 _LEADING: Final = " \t\r\n\f\v\u00a0\u200b\ufeff\"'`*_#$([{<“”„‘’‚«»「『（【"
 
 # Sign (not the dash of 5-7), currency, digits with thousands separators or not, decimals, exponent as e7 or × 10^7.
@@ -43,6 +44,37 @@ def parse_answer(answer: AnswerSpec, reply: str) -> str | None:
             return _parse_regex(answer.pattern or "", reply)
         case "math":
             return _parse_math(reply)
+        case "likelihood":
+            raise ValueError("choices are compared by their likelihoods: there is no reply to read")
+
+
+def cut_reply(answer: AnswerSpec, text: str) -> str:
+    """Return what comes before the first stop string."""
+    return text[: min((at for stop in answer.stop if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def is_settled(answer: AnswerSpec, reply: str) -> bool:
+    """Return whether `parse_answer` gives the same answer whatever the reply goes on with. False: it may not.
+
+    So it is after a stop string, and for a choice or a word once a label is complete and none that is under way could
+    take its place.
+    """
+    if len(cut_reply(answer, reply)) < len(reply):
+        return True
+    if answer.type not in ("choice", "word"):
+        return False
+    text = _composed(reply)
+    found = _first_label(answer.labels, text, ignore_case=answer.type == "word")
+    if found is None or found != parse_answer(answer, text):
+        return False
+    pattern = _labels_pattern(answer.labels, answer.type == "word")
+    match = pattern.search(text)
+    assert match is not None, "a label was found"
+    if text[match.end() : match.end() + 1] not in _AFTER_LABEL:
+        return False
+    labels = [_composed(label).casefold() for label in answer.labels]
+    under_way = (text[start:].casefold() for start in range(match.end()))
+    return not any(label.startswith(rest) for rest in under_way for label in labels)
 
 
 def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:
@@ -50,7 +82,7 @@ def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:
     if prediction is None:
         return False
     match answer.type:
-        case "choice":
+        case "choice" | "likelihood":
             return prediction == target
         case "word" | "regex":
             return prediction.strip().casefold() == target.strip().casefold()

@@ -11,11 +11,11 @@ from typing import Any, Final, Protocol
 from jinja2 import TemplateError
 
 from tale_ray.errors import TaskError
-from tale_ray.records import Example, Message
+from tale_ray.records import Choice, Example, Message
 from tale_ray.tasks.answers import parse_target
 from tale_ray.tasks.spec import TaskSpec
 from tale_ray.tasks.splits import row_digest
-from tale_ray.tasks.templates import render_template
+from tale_ray.tasks.templates import list_texts, render_template
 
 DATE: Final = "26 Jul 2024"
 
@@ -86,6 +86,14 @@ def render(spec: TaskSpec, row: Mapping[str, Any], digest: str) -> Example:
     )
     reply = render_template(spec.reply, row, "reply")
     target = render_template(spec.target, row, "target").strip()
+    if spec.answer.choices is not None:
+        choices = list_texts(spec.answer.choices, row, "answer.choices")
+        if target not in (stripped := [choice.strip() for choice in choices]):
+            raise TaskError(
+                f"task {spec.name}, row {digest[:12]}: the target {target!r} is none of the choices "
+                f"{', '.join(map(repr, choices))}: it is one of them; correct `target` or `answer.choices`"
+            )
+        return Example(digest, messages, reply, str(stripped.index(target)), choices)
     try:
         return Example(digest=digest, messages=messages, reply=reply, target=parse_target(spec.answer, target))
     except TaskError as error:
@@ -114,19 +122,64 @@ def encode(
     Raises:
         TaskError: the chat template fails, or there are no tokens.
     """
+    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    token_ids = tokenizer.encode(text, add_special_tokens=adds_tokens)
+    if adds_tokens and token_ids and token_ids[-1] == tokenizer.eos_token_id:
+        token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
+    if not token_ids:
+        raise TaskError(f"the prompt {_shown(text)} has no tokens: check the tokenizer and its chat template")
+    return tuple(token_ids)
+
+
+def _prompt_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], demonstrations: Sequence[Example]
+) -> tuple[str, bool]:
+    """Return the chat up to where the reply starts, and whether the tokenizer is to add its special tokens."""
     chat = _with_demonstrations(messages, demonstrations)
     if not tokenizer.chat_template:
-        token_ids = tokenizer.encode(_plain_text(chat), add_special_tokens=True)
-        if token_ids and token_ids[-1] == tokenizer.eos_token_id:
-            token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
-    else:
-        if _system_is_lost(tokenizer):
-            chat = _fold_system(chat)
-        # The chat template writes its own special tokens.
-        token_ids = tokenizer.encode(_chat_text(tokenizer, chat), add_special_tokens=False)
-    if not token_ids:
-        raise TaskError(f"the prompt {_shown(chat)} has no tokens: check the tokenizer and its chat template")
-    return tuple(token_ids)
+        return _plain_text(chat), True
+    if _system_is_lost(tokenizer):
+        chat = _fold_system(chat)
+    return _chat_text(tokenizer, chat), False  # the chat template writes its own special tokens
+
+
+def encode_choices(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    choices: Sequence[str],
+    demonstrations: Sequence[Example] = (),
+) -> tuple[Choice, ...]:
+    """Return what the model is to say how likely it is: each choice as the reply to the chat.
+
+    Raises:
+        TaskError: as `encode`, or a choice has no tokens.
+    """
+    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    between = " " if adds_tokens else ""  # a plain prompt ends with 'Answer:'
+    return tuple(
+        Choice(choice, *encode_pair(tokenizer, text, between + choice, add_special_tokens=adds_tokens))
+        for choice in choices
+    )
+
+
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, *, add_special_tokens: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids of a context and of what follows it, as lm-evaluation-harness cuts them.
+
+    White space at the end of the context goes over to the continuation, both are encoded together, and cut where the
+    context alone would end.
+
+    Raises:
+        TaskError: one of them has no tokens.
+    """
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    whole = tokenizer.encode(context + continuation, add_special_tokens=add_special_tokens)
+    before = tokenizer.encode(context, add_special_tokens=add_special_tokens)
+    if not before or len(whole) <= len(before):
+        raise TaskError(f"the choice {_shown(continuation)} after {_shown(context)} has no tokens of its own")
+    return tuple(whole[: len(before)]), tuple(whole[len(before) :])
 
 
 def chat_notes(tokenizer: Tokenizer) -> tuple[str, ...]:

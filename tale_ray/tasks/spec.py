@@ -17,9 +17,9 @@ import yaml
 
 from tale_ray.errors import TaskError
 from tale_ray.paths import existing
-from tale_ray.tasks.templates import compile_template, half_character
+from tale_ray.tasks.templates import compile_expression, compile_template, half_character
 
-AnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex"]
+AnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex", "likelihood"]
 FileFormat: TypeAlias = Literal["csv", "json", "parquet"]
 
 GENERATORS: Final = ("boolean",)
@@ -81,6 +81,9 @@ class AnswerSpec:
     type: AnswerType
     labels: tuple[str, ...] = ()  # of choice and word
     pattern: str | None = None  # of regex
+    stop: tuple[str, ...] = ()  # a reply ends before the first of these texts
+    choices: str | None = None  # of likelihood: a jinja2 expression over the row's columns that gives a list of texts
+    normalised: bool = False  # of likelihood: by the characters of the choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +104,11 @@ class TaskSpec:
     folder: Path  # what relative data files are relative to
     text: str  # the task file itself
 
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the task came with this package."""
+        return self.folder == _FOLDER.absolute()
+
     def identity(self) -> dict[str, Any]:
         """Return what can change a prediction or its score, as canonical JSON values: no source, name or path."""
         return {
@@ -111,6 +119,12 @@ class TaskSpec:
                 "type": self.answer.type,
                 "labels": list(self.answer.labels),
                 "pattern": self.answer.pattern,
+                **({"stop": list(self.answer.stop)} if self.answer.stop else {}),  # without: as it always was
+                **(
+                    {"choices": self.answer.choices, "normalised": self.answer.normalised}
+                    if self.answer.choices is not None
+                    else {}
+                ),
             },
             "max_new_tokens": self.max_new_tokens,
             "metric": self.metric,
@@ -153,6 +167,8 @@ def describe_task(spec: TaskSpec) -> str:
         answer += f" of {', '.join(spec.answer.labels)}"
     if spec.answer.pattern is not None:
         answer += f" {spec.answer.pattern}"
+    if spec.answer.choices is not None:
+        answer += f" of {spec.answer.choices}{' by characters' * spec.answer.normalised}"
     lines = {
         "rows": str(spec.source),
         "demonstrations": shots + (f", of the same {spec.group_by}" if spec.group_by else ""),
@@ -238,6 +254,8 @@ def _answer(keys: "_Keys") -> AnswerSpec:
     kind: AnswerType = keys.one_of("type", get_args(AnswerType))
     labels: tuple[str, ...] = ()
     pattern: str | None = None
+    choices: str | None = None
+    normalised = False
     if kind in ("choice", "word"):
         labels = keys.texts("labels")
         seen = [label.casefold() if kind == "word" else label for label in labels]
@@ -255,10 +273,14 @@ def _answer(keys: "_Keys") -> AnswerSpec:
             keys.refuse("pattern", f"it is not a regular expression of Python: {error}; correct it")
         if groups < 1:
             keys.refuse("pattern", "the answer is its first group; put parentheses around what is the answer")
+    elif kind == "likelihood":
+        choices = keys.expression("choices")
+        normalised = keys.flag("normalised")
     elif kind == "math" and importlib.util.find_spec("math_verify") is None:
         keys.refuse("type", "answers of this type need the library math-verify; run: pip install math-verify")
+    stop = keys.texts("stop", may_be_blank=True) if kind != "likelihood" and keys.has("stop") else ()
     keys.finish()
-    return AnswerSpec(type=kind, labels=labels, pattern=pattern)
+    return AnswerSpec(type=kind, labels=labels, pattern=pattern, stop=stop, choices=choices, normalised=normalised)
 
 
 def _suggestion(word: str, words: Iterable[str], question: str = "did you mean") -> str:
@@ -330,8 +352,22 @@ class _Keys:
             self.refuse(key, f"{error}; correct it")
         return value
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        """One text or a list of texts, none of them empty."""
+    def expression(self, key: str) -> str:
+        value = self.text(key)
+        try:
+            compile_expression(value)
+        except TaskError as error:
+            self.refuse(key, f"{error}; correct it")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.take(key, default=False)
+        if not isinstance(value, bool):
+            self.refuse(key, "it is true or false; write one")
+        return value
+
+    def texts(self, key: str, *, may_be_blank: bool = False) -> tuple[str, ...]:
+        """One text or a list of texts, none of them empty, nor, unless it may be, white space only."""
         value = self.take(key)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
@@ -339,7 +375,7 @@ class _Keys:
         for item in values:
             if not isinstance(item, str):
                 self.refuse(key, f"entry {item!r} is not a text; {_quote_hint(item)}")
-            if not item.strip():
+            if not (item if may_be_blank else item.strip()):
                 self.refuse(key, "an entry is empty; remove it")
             self._check_characters(key, item)
         return tuple(values)

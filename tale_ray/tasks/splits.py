@@ -74,7 +74,7 @@ def split_rows(
     groups: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
         groups.setdefault(row_digest(row), []).append(position)
-    ordered = [groups[digest] for digest in sorted(groups, key=lambda digest: _rank(seed, digest))]
+    ordered = [groups[digest] for digest in sorted(groups, key=lambda digest: rank(seed, digest))]
 
     names = sorted(shares, key=lambda name: name != "shots")  # a stable sort: the others keep their order
     splits: dict[SplitName, tuple[int, ...]] = {}
@@ -91,19 +91,20 @@ def split_rows(
     return splits
 
 
-def _rank(seed: int, digest: str) -> bytes:
+def rank(seed: int, digest: str) -> bytes:
+    """Return what rows are sorted by: the SHA-256 of `seed:digest`."""
     return hashlib.sha256(f"{seed}:{digest}".encode()).digest()
 
 
-def check_disjoint(splits: Mapping[SplitName, Sequence[str]]) -> None:
-    """Refuse splits, given as the digests of their rows, that share a row.
+def check_disjoint(splits: Mapping[SplitName, Sequence[str]], shown: Mapping[str, str] | None = None) -> None:
+    """Refuse splits, given as the digests of their rows, that share a row. `shown` is how rows are named.
 
     Raises:
         TaskError: a digest is in two splits; the message names both and the first of the rows.
     """
     for (one, ones), (other, others) in combinations(splits.items(), 2):
         if common := sorted(set(ones) & set(others)):
-            some = ", ".join(digest[:12] for digest in common[:5])
+            some = ", ".join((shown or {}).get(digest, digest[:12]) for digest in common[:5])
             raise TaskError(
                 f"{len(common)} rows are both in {one} and in {other}: splits share no row; "
                 f"take them out of one (digests {some}{' ...' if len(common) > 5 else ''})"

@@ -40,6 +40,46 @@ def compile_template(text: str) -> Template:
         raise TaskError(f"jinja2 cannot compile it ({type(error).__name__}: {error}): write it simpler") from error
 
 
+@lru_cache(maxsize=256)
+def compile_expression(text: str) -> Any:
+    """Return the compiled expression: a function of a row's columns.
+
+    Raises:
+        TaskError: as `compile_template`.
+    """
+    try:
+        return _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
+    except TemplateSyntaxError as error:
+        raise TaskError(f"the expression is not valid jinja2: {error.message}") from error
+    except Exception as error:  # as above
+        raise TaskError(f"jinja2 cannot compile it ({type(error).__name__}: {error}): write it simpler") from error
+
+
+def list_texts(expression: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return the texts that an expression gives for a row; `name` is what errors call it.
+
+    Raises:
+        TaskError: it fails, or gives no list of at least two texts.
+    """
+    columns = ", ".join(sorted(map(str, row))) or "none"
+    try:
+        found = compile_expression(expression)(row)
+        values = None if isinstance(found, str | Mapping) else list(found)
+    except Exception as error:  # whatever a row's values make of it
+        raise TaskError(
+            f"expression `{name}` {expression!r} fails on a row with the columns {columns}: "
+            f"{type(error).__name__}: {error}. Correct the expression, or the row"
+        ) from error
+    if not values or len(values) < 2 or not all(isinstance(value, str) and value for value in values):
+        raise TaskError(
+            f"expression `{name}` {expression!r} gives {values if values is not None else found!r}: it gives a list "
+            "of at least two texts, none of them empty; correct the expression, or the row"
+        )
+    if half := next(filter(None, map(half_character, values)), None):
+        raise TaskError(f"expression `{name}` {expression!r} gives {half}, half a character; correct the row")
+    return tuple(values)
+
+
 def half_character(text: str) -> str | None:
     """Return the escape of the first lone surrogate in a text, which no tokenizer or file takes; None: there is none.
 

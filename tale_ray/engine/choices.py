@@ -1,0 +1,51 @@
+"""Multiple choice by log-likelihood: what is put through the model for a row, and which choice that makes.
+
+A row that is decoded is put through the model once, a row with choices once for each of them: context and continuation,
+without the last token, which predicts nothing that is asked. What they share is computed once all the same (`layout`).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from tale_ray.records import Choice, PromptRow, RowAnswer
+
+Key: TypeAlias = int | tuple[int, int]  # a row, or one of its choices
+
+
+def row_keys(rows: Sequence[PromptRow], chosen: Iterable[int]) -> list[Key]:
+    """Return what is put through the model for some rows."""
+    keys: list[Key] = []
+    for row in chosen:
+        keys += [(row, at) for at in range(len(rows[row].choices))] or [row]
+    return keys
+
+
+def key_choice(rows: Sequence[PromptRow], key: Key) -> Choice:
+    """Return the choice that a key names."""
+    assert isinstance(key, tuple), "the row has choices"
+    return rows[key[0]].choices[key[1]]
+
+
+def key_context(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
+    """Return the tokens before the first one that is predicted."""
+    return key_choice(rows, key).context_ids if isinstance(key, tuple) else rows[key].token_ids
+
+
+def key_tokens(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
+    """Return the tokens that predict something, and all before them."""
+    context = key_context(rows, key)
+    return (*context, *key_choice(rows, key).continuation_ids[:-1]) if isinstance(key, tuple) else context
+
+
+def choose(choices: Sequence[Choice], log_likelihoods: Sequence[float], target: str, *, normalised: bool) -> RowAnswer:
+    """Return the most likely choice as an answer; the first of equals.
+
+    As lm-evaluation-harness defines them: `acc` compares log-likelihoods, `acc_norm` (`normalised`) divides each by
+    the characters of its text first.
+    """
+    values = [
+        value / max(1, choice.num_characters) if normalised else value
+        for choice, value in zip(choices, log_likelihoods, strict=True)
+    ]
+    best = values.index(max(values))
+    return RowAnswer(choices[best].text, str(best), str(best) == target, tuple(log_likelihoods))

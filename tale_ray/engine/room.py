@@ -1,0 +1,32 @@
+"""The memory that a sweep's micro-batches may take, and what fits into it. Knows nothing of candidates or answers."""
+
+from dataclasses import dataclass
+
+from tale_ray.engine.budget import Budget, RowCost
+from tale_ray.engine.layout import Layout
+from tale_ray.engine.sweep import Portions
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """`total` bytes for micro-batches, `budget.batch` of them for what a layer or the head works in."""
+
+    cost: RowCost
+    budget: Budget
+    prefix_tokens: int
+    nodes: int
+    total: int
+
+    def line_bytes(self, num_tokens: int) -> int:
+        """Return the share of a line in `total`: its bytes, or as much as its work takes of the bytes for work."""
+        work = self.cost.work_bytes(num_tokens, self.prefix_tokens)
+        return max(
+            self.cost.sweep_bytes(num_tokens, self.prefix_tokens, self.nodes), work * self.total // self.budget.batch
+        )
+
+    def portions(self, layout: Layout) -> Portions:
+        """Return on how many nodes a layer works at once, and on how many rows the head."""
+        work = layout.num_lines * self.cost.work_bytes(layout.num_slots, self.prefix_tokens)
+        states = layout.num_lines * self.cost.sweep_bytes(layout.num_slots, self.prefix_tokens, self.nodes) - work
+        free = min(self.budget.batch, self.total - states)
+        return Portions(max(1, free // work), max(1, self.budget.batch // self.cost.logit_bytes))
