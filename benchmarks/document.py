@@ -86,8 +86,9 @@ def sameness(workloads: Mapping[str, Any]) -> str:
             )
         )
     header = ("name", "baseline", "removed (correct)", "rejected", "same answers", "forwards", "published was run")
-    return f"""Decisions (baseline, winners, counts, rejected round) were the same in full runs; a difference ends the benchmark.
-"Same answers": (model, row) pairs known from both sides, by the search and by the exhaustive one; none differed.
+    return f"""Decisions (baseline, winners, counts, rejected round) were the same in full runs; a difference ends the
+benchmark. "Same answers": (model, row) pairs known from both sides, by the search and by the exhaustive one;
+none differed.
 
 {table(header, rows)}"""
 

@@ -51,6 +51,7 @@ class Workload:
     least_share: float | None = None  # of the GEMM rate on the required FLOPs
     max_removed: int | None = None  # rounds at most; None: to the end
     shots: int = 0
+    seed: int = 0  # of the rows: the full model answers some of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ WORKLOADS = (
         task="arc_easy",
         rows=8,
         shots=5,
+        seed=1,
         max_removed=1,
         least_ratio=40,
     ),
@@ -124,6 +126,7 @@ def search_options(workload: Workload, places: Places, rows: int | None = None) 
         "rows": rows or workload.rows,
         "splits": "search=0.5",  # no test rows: scoring them is not part of what is timed
         "epsilon": EPSILON,
+        "seed": workload.seed,
         "max_removed": workload.max_removed,
         "local": True,
     }

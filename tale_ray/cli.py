@@ -18,6 +18,7 @@ import tale_ray
 from tale_ray.annotations import fits
 from tale_ray.api import evaluated_config, make_config, resumed_config
 from tale_ray.attempt.evaluate import run_evaluation
+from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.config import (
     DEFAULT_SPLITS,
@@ -35,7 +36,9 @@ from tale_ray.results.tables import accuracy_text, count_text, layers_text, outp
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
 from tale_ray.store.uris import strip_credentials
-from tale_ray.tasks.spec import builtin_tasks, describe_task, load_task
+from tale_ray.tasks.data import count_rows
+from tale_ray.tasks.description import describe_task
+from tale_ray.tasks.spec import builtin_tasks, load_task
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -105,22 +108,21 @@ model_options = _options(
 data_root_option = click.option(
     "--data-root", metavar="DIR", envvar="TALE_RAY_DATA_ROOT", help="Local mirror of hub data sets."
 )
+shots_option = click.option(
+    "--shots", type=int, metavar="K", default=0, show_default=True, help="Demonstrations before every prompt."
+)
+splits_option = click.option(
+    "--splits", metavar="SHARES", default=splits_text(DEFAULT_SPLITS), show_default=True, help="Shares of the rows."
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Decides which rows are in which split, and which are shown."
+)
 task_options = _options(
     click.option("--task", metavar="T", help="Built-in task, or path of a task file (`tale-ray tasks`)."),
     click.option("--rows", type=int, metavar="N", help="Use the first N search rows.  [default: all]"),
-    click.option(
-        "--shots", type=int, metavar="K", default=0, show_default=True, help="Demonstrations before every prompt."
-    ),
-    click.option(
-        "--splits", metavar="SHARES", default=splits_text(DEFAULT_SPLITS), show_default=True, help="Shares of the rows."
-    ),
-    click.option(
-        "--seed",
-        type=int,
-        default=0,
-        show_default=True,
-        help="Decides which rows are in which split, and which are demonstrations.",
-    ),
+    shots_option,
+    splits_option,
+    seed_option,
     data_root_option,
 )
 resource_options = _options(
@@ -280,18 +282,39 @@ def evaluate(
 
 
 @cli.group(invoke_without_command=True)
+@data_root_option
 @click.pass_context
-def tasks(context: click.Context) -> None:
-    """List the built-in tasks."""
+def tasks(context: click.Context, data_root: str | None) -> None:
+    """List the built-in tasks: where their rows are and how many, and how they are scored."""
     if context.invoked_subcommand is None:
         for name in builtin_tasks():
-            click.echo(describe_task(load_task(name)))
+            spec = load_task(name)
+            click.echo(describe_task(spec, count_rows(spec, data_root)))
 
 
 @tasks.command("show")
 @click.argument("name")
-def show_task(name: str) -> None:
-    """Print the file of a task, to copy from: its source, prompt and answers."""
+@_options(
+    click.option("--model", metavar="M", help="Show a row as this model is asked it; its tokenizer is enough."),
+    click.option("--row", type=int, metavar="N", help="Which row of the search split, from 0.  [default: 0]"),
+    shots_option,
+    seed_option,
+    splits_option,
+    data_root_option,
+)
+@click.pass_context
+def show_task(context: click.Context, /, name: str, model: str | None, row: int | None, **options: Any) -> None:
+    """Print the file of a task, to copy from: its source, prompt and answers.
+
+    With --model, print one row instead, exactly as that model is asked it: text, token ids, the reference reply and
+    the target.
+    """
+    if model is not None:
+        config = make_config(model=model, task=name, **_given(options))
+        click.echo(preview_text(preview_row(config.model, config.task, row or 0)))
+        return
+    if given := sorted({"row", "shots", "seed", "splits"} & _changed(context, {"row": row, **options}).keys()):
+        raise ConfigError(f"--{given[0]} is about a row as a model is asked it: name the model with --model")
     spec = load_task(name)
     click.echo(f"# The file of the task {spec.name}. Copy and change it, and search with --task PATH.")
     click.echo(spec.text.rstrip())

@@ -29,8 +29,9 @@ from tale_ray.model.digest import model_folder
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import Choice, Example, PromptRow
 from tale_ray.store.reader import RunReader
+from tale_ray.tasks.description import describe_task
 from tale_ray.tasks.prompts import digest_tokens, encode, encode_choices, encode_pair, render_rows
-from tale_ray.tasks.spec import AnswerSpec, describe_task, load_task
+from tale_ray.tasks.spec import AnswerSpec, load_task
 
 ANSWER = AnswerSpec(type="likelihood", choices="options")
 
@@ -361,7 +362,7 @@ def test_what_a_task_is(tmp_path: Path) -> None:
         **{"type": "likelihood", "labels": [], "pattern": None},
         **{"choices": "options", "normalised": True},
     }
-    assert "answer          likelihood of options, by the character\n" in describe_task(spec)
+    assert "answer          likelihood of options, by the character\n" in describe_task(spec, None)
     (example,) = render_rows(spec, [{"question": "t4", "options": ["t5", " t6"], "answer": "t6 "}])
     assert (example.target, example.choices) == ("1", ("t5", " t6"))
     others = load_task("boolean_synthetic").identity()["answer"]

@@ -1,6 +1,7 @@
 """Demonstrations: which rows are shown, that none of them is scored, and what a run remembers of them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from folders import material_fixture as material_fixture
 
 import tale_ray
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
-from tale_ray.config import TaskSection
+from tale_ray.cluster.worker import Worker
+from tale_ray.config import ModelSection, ResourceSection, TaskSection
 from tale_ray.errors import TaskError
 from tale_ray.records import Example
 from tale_ray.tasks.shots import question_of
@@ -283,3 +285,42 @@ def test_shots_are_an_option_everywhere(material: Material, tmp_path: Path) -> N
     options: dict[str, Any] = {"model": str(material.model), "task": str(material.task), "local": True, "shots": 1}
     run = tale_ray.search(**options, max_removed=0, run=str(tmp_path / "api"))
     assert run.summary["rows"]["shots"] == 1
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_a_row_is_shown_as_the_model_is_asked_it(material: Material, shots: int) -> None:
+    prepared = prepare_rows(TaskSection(task=str(material.task), shots=shots))
+    example = prepared.examples["search"][7]
+    worker = Worker("w", ModelSection(model=str(material.model)), "float32", ResourceSection(local=True))
+    (asked_row,) = worker.encode([example])
+
+    shown = command("tasks", "show", material.task, "--model", material.model, "--row", "7", "--shots", shots)
+    assert shown.code == 0, shown.err
+    head, *parts = re.split(r"--- (.*) ---\n", shown.out)
+    assert f"search row 7 of {len(prepared.examples['search'])}, {shots} demonstrations" in head
+    assert "note: the tokenizer has no chat template" in head
+    said = {name: text.removesuffix("\n") for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    assert said == {
+        "prompt": "".join(f"{row.messages[0]['content']}\nAnswer: {row.reply}\n\n" for row in prepared.shots)
+        + f"{example.messages[0]['content']}\nAnswer:",
+        f"{len(asked_row.token_ids)} tokens": " ".join(map(str, asked_row.token_ids)),
+        "reference reply": example.reply,
+        "target": example.target,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--row", "1"), "--row is about a row as a model is asked it: name the model with --model"),
+        (("--shots", "1"), "--shots is about a row"),
+        (("--model", "bundled", "--row", "50"), "row 50 does not exist: the search split of task tiny has 50 rows"),
+        (("--model", "bundled", "--row", "-1"), "row -1 does not exist"),
+        (("--model", "./nowhere"), "model folder ./nowhere does not exist"),
+        (("--model", "bundled", "--shots", "1000"), "shots 1000 is too many"),
+    ],
+)
+def test_a_row_that_cannot_be_shown(material: Material, arguments: tuple[str, ...], words: str) -> None:
+    outcome = command("tasks", "show", material.task, *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err

@@ -206,6 +206,16 @@ def test_rows_with_demonstrations_of_their_own_share_longer_prefixes() -> None:
     }
 
 
+def test_groups_whose_names_begin_alike_are_told_apart() -> None:
+    """The subjects of a task may be `high school biology` and `high school chemistry`."""
+    names = {(1, 2, 3): 5, (1, 2, 4): 6, (1, 5): 4, (6,): 7, (1, 2, 7): 2}
+    prompts = [(0, *name, *range(10, 40), row) for name, count in names.items() for row in range(50, 50 + count)]
+    groups = group_prompts(prompts, range(len(prompts)))
+    assert {(group.prefix, len(group.rows)) for group in groups} == {
+        ((0, *name, *range(10, 40)), count) for name, count in names.items() if count >= 4
+    } | {((0,), 2)}
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=12))
 def test_groups_are_a_partition_with_true_prefixes(prompts: list[list[int]]) -> None:
     groups = group_prompts(prompts, range(len(prompts)))

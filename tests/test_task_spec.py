@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from tale_ray.errors import TaskError
+from tale_ray.tasks.data import count_rows
+from tale_ray.tasks.description import describe_task
 from tale_ray.tasks.prompts import render_rows
 from tale_ray.tasks.spec import (
     AnswerSpec,
@@ -20,7 +22,6 @@ from tale_ray.tasks.spec import (
     GeneratorSource,
     HubSource,
     builtin_tasks,
-    describe_task,
     load_task,
 )
 
@@ -271,14 +272,27 @@ def test_builtin_tasks_load_under_their_own_name() -> None:
         assert spec.description
 
 
-def test_description_says_rows_demonstrations_answer_and_metric() -> None:
-    assert describe_task(load_task("arc_easy")).splitlines()[1:] == [
-        "  rows            allenai/ai2_arc, ARC-Easy, split test",
+def test_description_says_source_rows_demonstrations_answer_and_metric() -> None:
+    assert describe_task(load_task("arc_easy"), 900).splitlines()[1:] == [
+        "  source          allenai/ai2_arc, ARC-Easy, split test",
+        "  rows            900",
         "  demonstrations  allenai/ai2_arc, ARC-Easy, split train",
         "  answer          choice of A, B, C, D, E; at most 1 new token",
         "  metric          accuracy",
     ]
-    assert "carved out of the rows" in describe_task(load_task("boolean_synthetic"))
+    assert "carved out of the rows" in describe_task(load_task("boolean_synthetic"), None)
+    assert "counted with --data-root" in describe_task(load_task("boolean_synthetic"), None)
+
+
+def test_rows_are_counted_where_no_hub_has_to_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\na,A\nb,B\n")
+    assert count_rows(load_task(write_task(tmp_path)), None) == 2
+    assert count_rows(load_task("boolean_synthetic"), None) == 1200
+    assert count_rows(load_task("boolq"), None) is None
+    assert count_rows(load_task("boolq"), str(tmp_path)) is None
+    (tmp_path / "google/boolq/default").mkdir(parents=True)
+    (tmp_path / "google/boolq/default/validation.jsonl").write_text('{"question": "is it"}\n')
+    assert count_rows(load_task("boolq"), str(tmp_path)) == 1
 
 
 def test_importing_tasks_imports_no_heavy_library() -> None:

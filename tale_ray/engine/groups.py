@@ -20,16 +20,16 @@ def group_prompts(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> tupl
     """Return the rows (positions in `prompts`) in groups that share a prefix.
 
     All rows are one group unless some of them (the questions of one subject with its demonstrations, say) share much
-    more among themselves.
+    more among themselves. Groups that differ early and late are both found: the names of two subjects may begin alike.
     """
     shared = _shared([prompts[row] for row in rows])
+    enough = len(shared) + _LEAST_TOKENS
     groups: list[PromptGroup] = []
     rest: list[int] = []
     by_next = sorted(rows, key=lambda row: tuple(prompts[row]))
-    for _, branch in groupby(by_next, key=lambda row: tuple(prompts[row][: len(shared) + 1])):
+    for _, branch in groupby(by_next, key=lambda row: tuple(prompts[row][:enough])):
         members = list(branch)
-        longer = len(_shared([prompts[row] for row in members])) - len(shared)
-        if len(rows) > len(members) >= _LEAST_ROWS and longer >= _LEAST_TOKENS:
+        if len(rows) > len(members) >= _LEAST_ROWS and len(_shared([prompts[row] for row in members])) >= enough:
             groups += group_prompts(prompts, members)
         else:
             rest += members

@@ -90,6 +90,23 @@ def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedMo
     return LoadedModel(model, tokenizer, layers, info)
 
 
+def load_tokenizer(section: ModelSection) -> Any:
+    """Return the tokenizer of a section, as `load_model` loads it with the model.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be found or loaded.
+    """
+    check_model(section)
+    folder = model_folder(section.model)
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if folder is None:
+        options["revision"] = section.revision
+    quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
+    if section.gguf is not None:
+        _require_gguf()
+    return _load_tokenizer(str(folder) if folder is not None else section.model, folder, options, quantised)
+
+
 def max_positions(model: Any) -> int | None:
     """Return how many tokens a row may have in all; None: the configuration names no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -11,7 +11,11 @@ UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is ab
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
 LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
 RACE_UNITS = 3  # and where candidates may be out soon
-MOST_UNITS = 8  # that a worker would need for a whole scoring, as each unit reads all weights
+MOST_UNITS = 8  # that a worker would need for a whole scoring
+FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
+FIRST_ROWS = 8  # of a unit before anything is known of the speed
+LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
+FADING = 0.8  # of what was learned, with every unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class UnitShape:
         """Return itself."""
         return self
 
+    def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:  # noqa: ARG002
+        """Return that it always does."""
+        return True
+
     def note(self, result: UnitResult) -> None:
         """Learn nothing."""
 
@@ -45,6 +53,10 @@ class Pacer(Protocol):
 
     def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
         """Return how large the next unit of these candidates is."""
+        ...
+
+    def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
+        """Return whether so much is left that leaving candidates out early is worth more units."""
         ...
 
     def note(self, result: UnitResult) -> None:
@@ -65,32 +77,54 @@ def row_applications(num_layers: int, removed: Collection[int], candidates: Coll
 
 
 class Pace:
-    """Units of up to `UNIT_SECONDS`, smaller towards the end of a scoring; its speed is that of the latest units."""
+    """Units of up to `UNIT_SECONDS`, smaller towards the end of a scoring; its speed is that of the latest units.
 
-    def __init__(self, num_layers: int, application_seconds: float | None = None) -> None:
+    A unit takes a fixed time (weights are read, new tokens come one after another) and a time per layer application:
+    a line through the latest units, by least squares.
+    """
+
+    def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self.application_seconds = application_seconds  # of one layer on one row; None: not known yet
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, y, x x and x y; x applications, y seconds; older ones fade
+
+    @property
+    def speed(self) -> tuple[float, float] | None:
+        """Seconds of a unit as such, and of each layer application in it; None: not known yet."""
+        count, x, y, xx, xy = self._sums
+        if not x:
+            return None
+        mean, spread = y / x, count * xx - x * x
+        slope = (count * xy - x * y) / spread if spread > 1e-3 * x * x else mean
+        slope = min(max(slope, LEAST_SLOPE * mean), mean)  # units at the start are slow for reasons of their own
+        return (y - slope * x) / count, slope
 
     def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
         """Return how large the next unit is: whole rows while there are enough of them for all workers."""
         workers = max(1, left.workers)
-        if self.application_seconds is None:
-            return UnitShape(math.ceil(left.rows / min(left.rows, MOST_UNITS * workers)), len(candidates))
-        row_seconds = self.application_seconds * row_applications(self.num_layers, removed, candidates)
-        whole = self.application_seconds * row_applications(self.num_layers, removed, left.all_candidates)
+        if self.speed is None:
+            return UnitShape(max(1, min(FIRST_ROWS, math.ceil(left.rows / (2 * workers)))), len(candidates))
+        fixed, application = self.speed
+        row = application * row_applications(self.num_layers, removed, candidates)
+        whole = application * row_applications(self.num_layers, removed, left.all_candidates)
         units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
-        wanted = max(row_seconds * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
-        seconds = min(max(wanted, LEAST_UNIT_SECONDS), UNIT_SECONDS)
-        rows = max(1, min(int(seconds / row_seconds), math.ceil(left.rows / workers)))
-        shares = max(row_seconds / (2 * UNIT_SECONDS), workers / left.rows if row_seconds > LEAST_UNIT_SECONDS else 1)
+        wanted = max(row * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
+        seconds = max(min(max(wanted, LEAST_UNIT_SECONDS), UNIT_SECONDS), FIXED_SHARE * fixed)
+        rows = max(1, min(int((seconds - fixed) / row), math.ceil(left.rows / workers)))
+        shares = max(row / (2 * UNIT_SECONDS), workers / left.rows if row > LEAST_UNIT_SECONDS else 1)
         return UnitShape(rows, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
 
+    def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
+        """Return whether what is left would take several units."""
+        if self.speed is None:
+            return True
+        fixed, application = self.speed
+        left = application * row_applications(self.num_layers, removed, candidates) * rows
+        return left > max(2 * LEAST_UNIT_SECONDS, FIXED_SHARE * fixed)
+
     def note(self, result: UnitResult) -> None:
-        """Learn the speed from a unit: half from it, half from those before."""
+        """Learn the speed from a unit."""
         unit = result.unit
-        cost = row_applications(self.num_layers, unit.removed, unit.candidates) * len(unit.rows)
-        if not cost or result.seconds <= 0:
-            return
-        latest = result.seconds / cost
-        known = self.application_seconds
-        self.application_seconds = latest if known is None else (known + latest) / 2
+        x, y = row_applications(self.num_layers, unit.removed, unit.candidates) * len(unit.rows), result.seconds
+        if x and y > 0:
+            latest = (1.0, x, y, x * x, x * y)
+            self._sums = tuple(FADING * old + new for old, new in zip(self._sums, latest, strict=True))  # type: ignore[assignment]

@@ -295,7 +295,11 @@ class Scheduler:
         First all candidates on a few rows, if it is not known who is the favourite; then the favourite on all rows, as
         against its count the others are soon out; then the others, on the rows that most candidates have missed.
         """
-        if self.scoring.race is not None and len(self._racing) > 1:
+        racing = self.scoring.race is not None and len(self._racing) > 1
+        racing = racing and self._pacer.pays(
+            self.scoring.removed, tuple(self._racing), self._cells.rows_open(self._racing)
+        )
+        if racing:
             if self._favourite is None:
                 if unit := self._cut(worker, self._racing, self._probe, racing=False):
                     return unit
@@ -303,7 +307,7 @@ class Scheduler:
             leader = self._racing & {self._favourite}
             if leader and (unit := self._cut(worker, leader, racing=False)):
                 return unit
-        return self._cut(worker, self._racing, racing=self.scoring.race is not None)
+        return self._cut(worker, self._racing, racing=racing)
 
     def _probable_winner(self) -> int | None:
         """Return the favourite, once all candidates have seen the rows of the probe."""

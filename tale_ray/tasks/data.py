@@ -32,6 +32,24 @@ def load_rows(spec: TaskSpec, data_root: str | None) -> list[Row]:
     return _load(spec.source, spec, data_root)
 
 
+def count_rows(spec: TaskSpec, data_root: str | None) -> int | None:
+    """Return the number of rows of the task, or None if that takes a hub, or a mirror that does not hold them.
+
+    Raises:
+        TaskError: what should hold them cannot be read.
+    """
+    source = spec.source
+    if isinstance(source, GeneratorSource):
+        return source.rows
+    if isinstance(source, HubSource):
+        if data_root is None:
+            return None
+        _check_root(data_root)
+        if not any(path.is_file() for path in _mirror_files(source, data_root)):
+            return None
+    return len(load_rows(spec, data_root))
+
+
 def load_shots(spec: TaskSpec, data_root: str | None) -> list[Row] | None:
     """Return the rows that demonstrations are taken from, or None if they are to be carved out of the task's rows.
 

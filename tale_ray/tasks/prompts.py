@@ -118,17 +118,21 @@ def encode(
     Raises:
         TaskError: the chat template fails, or there are no tokens.
     """
-    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
     token_ids = _token_ids(tokenizer, text, add_special_tokens=adds_tokens)
     if not token_ids:
         raise TaskError(f"the prompt {_shown(text)} has no tokens: check the tokenizer and its chat template")
     return token_ids
 
 
-def _prompt_text(
+def prompt_text(
     tokenizer: Tokenizer, messages: Sequence[Message], demonstrations: Sequence[Example]
 ) -> tuple[str, bool]:
-    """Return the chat up to where the reply starts, and whether the tokenizer is to add its special tokens."""
+    """Return the chat up to where the reply starts, and whether the tokenizer is to add its special tokens.
+
+    Raises:
+        TaskError: the chat template fails.
+    """
     chat = _with_demonstrations(messages, demonstrations)
     if not tokenizer.chat_template:
         return _plain_text(chat), True
@@ -150,7 +154,7 @@ def encode_choices(
     Raises:
         TaskError: as `encode`, or a choice has no tokens.
     """
-    text, adds_tokens = _prompt_text(tokenizer, messages, demonstrations)
+    text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
     between = " " if adds_tokens else ""  # a plain prompt ends with 'Answer:'
     pairs = _encode_pairs(tokenizer, text, [between + choice for choice in choices], add_special_tokens=adds_tokens)
     return tuple(Choice(choice, *pair) for choice, pair in zip(choices, pairs, strict=True))

@@ -159,28 +159,6 @@ def load_task(name_or_path: str) -> TaskSpec:
     )
 
 
-def describe_task(spec: TaskSpec) -> str:
-    """Return rows, demonstrations, answer and metric of the task as a few lines of plain text."""
-    shots = "carved out of the rows" if spec.shots is None else str(spec.shots)
-    answer: str = spec.answer.type
-    if spec.answer.labels:
-        answer += f" of {', '.join(spec.answer.labels)}"
-    if spec.answer.pattern is not None:
-        answer += f" {spec.answer.pattern}"
-    if spec.answer.choices is not None:
-        answer += f" of {spec.answer.choices}{', by the character' * spec.answer.normalised}"
-    else:
-        answer += f"; at most {spec.max_new_tokens} new token{'s' * (spec.max_new_tokens > 1)}"
-    lines = {
-        "rows": str(spec.source),
-        "demonstrations": shots + (f", of the same {spec.group_by}" if spec.group_by else ""),
-        "answer": answer,
-        "metric": spec.metric,
-    }
-    header = f"{spec.name}: {spec.description}" if spec.description else spec.name
-    return "\n".join([header, *(f"  {name:<14}  {text}" for name, text in lines.items())])
-
-
 def _load_file(path: Path) -> TaskSpec:
     try:
         text = path.read_text(encoding="utf-8-sig")
