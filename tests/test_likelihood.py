@@ -22,8 +22,10 @@ from tale_ray.attempt.execution import token_digests
 from tale_ray.cluster.worker import _encoded
 from tale_ray.engine.budget import Budget
 from tale_ray.engine.choices import choose
+from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.score import Scorer
 from tale_ray.engine.streams import final_node
+from tale_ray.engine.sweep import Portions
 from tale_ray.errors import ConfigError, Interrupted, ModelError, TaskError
 from tale_ray.model.digest import model_folder
 from tale_ray.model.load import LoadedModel
@@ -162,6 +164,31 @@ def test_the_plain_path_takes_a_row_that_is_more_than_a_micro_batch(llama: Loade
     check(scorer.score(work, rows, ANSWER, 1, "w"), llama.model, (), rows)
     with pytest.raises(ConfigError, match="batch bytes 99 are too few"):
         Scorer(llama, 99, sweeps=False).score(work, rows, ANSWER, 1, "w")
+
+
+def test_the_head_runs_on_all_candidates_together(llama: LoadedModel) -> None:
+    scorer, sizes = Scorer(llama), list[int]()
+    handle = llama.model.lm_head.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    try:
+        scorer.score(unit([None, 2, 3], [0]), choice_rows()[:1], ANSWER, 1, "w")
+    finally:
+        handle.remove()
+    assert sizes == [3 * 2], "the end of the context, which two choices share, and the first token of one of them"
+
+
+@pytest.mark.parametrize("head_rows", [1, 2, 5])
+def test_log_likelihoods_do_not_depend_on_portions(llama: LoadedModel, head_rows: int) -> None:
+    sweep = Scorer(llama).fit.sweep
+    assert sweep is not None
+    choices = [choice for row in choice_rows() for choice in row.choices]
+    layout = lay_lines([(*choice.context_ids, *choice.continuation_ids[:-1]) for choice in choices])
+    wanted = [choice.continuation_ids for choice in choices]
+    finals = [final_node((1,), layer) for layer in (None, 2, 4)]
+    expected, others = (
+        sweep.log_likelihoods(finals, layout, wanted, None, None, portions)
+        for portions in (Portions(), Portions(nodes=2, head_rows=head_rows))
+    )
+    assert others == [pytest.approx(values, abs=1e-5) for values in expected]
 
 
 @pytest.mark.parametrize("sweeps", [True, False])
