@@ -47,7 +47,13 @@ FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 COUNTS = st.integers(min_value=0, max_value=2**40)
 LAYERS = st.integers(min_value=0, max_value=200)
 SECONDS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
-ANSWERS = st.builds(RowAnswer, reply=st.text(), prediction=st.none() | st.text(), correct=st.booleans())
+ANSWERS = st.builds(
+    RowAnswer,
+    reply=st.text(),
+    prediction=st.none() | st.text(),
+    correct=st.booleans(),
+    log_likelihoods=st.none() | st.lists(st.floats(max_value=0, allow_nan=False), max_size=4).map(tuple),
+)
 REMOVED = st.lists(LAYERS, unique=True, max_size=5).map(tuple)
 SCORES = st.builds(
     CandidateScore,
@@ -145,6 +151,21 @@ def test_a_sheet_is_read_back_exactly(rows: list[tuple[str, str, RowAnswer]]) ->
     digests, targets, answers = zip(*rows, strict=True) if rows else ((), (), ())
     sheet = AnswerSheet("best", "test", digests, targets, answers)
     assert load_sheet(dump_sheet(sheet, 1, "run"), "f") == sheet
+
+
+def without_column(data: bytes, name: str) -> bytes:
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).drop_columns([name])
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
+def test_files_from_before_log_likelihoods_are_read() -> None:
+    unit, sheet = make_unit(), SHEET
+    assert load_unit(without_column(dump_unit(unit, ["a", "b"], 1, "run"), "log_likelihoods"), "f") == unit
+    assert load_sheet(without_column(dump_sheet(sheet, 1, "run"), "log_likelihoods"), "f") == sheet
+    with pytest.raises(StoreError, match="its columns are"):
+        load_sheet(without_column(dump_sheet(sheet, 1, "run"), "reply"), "f")
 
 
 def test_reading_tables_leaves_no_threads(tmp_path: Path) -> None:

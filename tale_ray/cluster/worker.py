@@ -80,9 +80,10 @@ class Worker:
 
 
 def _encoded(tokenizer: Any, example: Example) -> PromptRow:
+    if not example.choices:
+        return PromptRow(encode(tokenizer, example.messages, example.demonstrations), example.target)
     choices = encode_choices(tokenizer, example.messages, example.choices, example.demonstrations)
-    token_ids = choices[0].context_ids if choices else encode(tokenizer, example.messages, example.demonstrations)
-    return PromptRow(token_ids=token_ids, target=example.target, choices=choices)
+    return PromptRow(choices[0].context_ids, example.target, choices)
 
 
 def limit_threads(num_threads: int) -> None:

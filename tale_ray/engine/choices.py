@@ -4,7 +4,7 @@ A row that is decoded is put through the model once, a row with choices once for
 without the last token, which predicts nothing that is asked. What they share is computed once all the same (`layout`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from tale_ray.records import Choice, PromptRow, RowAnswer
@@ -26,15 +26,22 @@ def key_choice(rows: Sequence[PromptRow], key: Key) -> Choice:
     return rows[key[0]].choices[key[1]]
 
 
-def key_context(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
-    """Return the tokens before the first one that is predicted."""
-    return key_choice(rows, key).context_ids if isinstance(key, tuple) else rows[key].token_ids
+def key_contexts(rows: Sequence[PromptRow], chosen: Iterable[int]) -> Iterator[tuple[tuple[int, ...], list[Key]]]:
+    """Yield each row's context (all tokens before the first that is predicted), or contexts, and who has it."""
+    for row in chosen:
+        found: dict[tuple[int, ...], list[Key]] = {}
+        for key in row_keys(rows, [row]):
+            context = key_choice(rows, key).context_ids if isinstance(key, tuple) else rows[row].token_ids
+            found.setdefault(context, []).append(key)
+        yield from found.items()
 
 
 def key_tokens(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
     """Return the tokens that predict something, and all before them."""
-    context = key_context(rows, key)
-    return (*context, *key_choice(rows, key).continuation_ids[:-1]) if isinstance(key, tuple) else context
+    if not isinstance(key, tuple):
+        return rows[key].token_ids
+    choice = key_choice(rows, key)
+    return (*choice.context_ids, *choice.continuation_ids[:-1])
 
 
 def choose(choices: Sequence[Choice], log_likelihoods: Sequence[float], target: str, *, normalised: bool) -> RowAnswer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
-from tale_ray.engine.choices import Key, choose, key_choice, key_context, key_tokens, row_keys
+from tale_ray.engine.choices import Key, choose, key_choice, key_contexts, key_tokens, row_keys
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
@@ -95,7 +95,7 @@ class Scorer:
             unit: which candidates and rows; candidate None is the model without `unit.removed` only.
             rows: all rows of the unit's split; `unit.rows` are positions in it.
             answer: how replies are read and compared.
-            max_new_tokens: at most so many are decoded per row.
+            max_new_tokens: at most so many are decoded per row; nothing is decoded of rows with choices.
             worker: name of who computes, kept in the result.
 
         Raises:
@@ -104,6 +104,7 @@ class Scorer:
             TaskError: a row has no tokens, or more than the model has positions.
         """
         started = time.monotonic()
+        max_new_tokens = 1 if answer.type == "likelihood" else max_new_tokens
         if not all(rows[row].token_ids for row in unit.rows):
             raise TaskError("a row has no tokens: its prompt rendered to an empty text; check the task's messages")
         self._loaded.info.check_lengths([rows[row] for row in unit.rows], max_new_tokens)
@@ -192,7 +193,7 @@ class Scorer:
             removed = final_node(unit.removed, layer)
             if any(rows[row].choices for row in unit.rows):
                 pairs = [key_choice(rows, key) for key in keys]
-                likely = view_log_likelihoods(self._loaded, removed, pairs, self.budget.batch)
+                likely = view_log_likelihoods(self._loaded, removed, pairs, self.budget)
                 layer_applications += (self._loaded.layers.num_layers - len(removed)) * len(keys)
                 found = dict(zip(keys, likely, strict=True))
                 scored[layer] = _Scored(log_likelihoods=found, seconds=time.monotonic() - started)
@@ -236,11 +237,14 @@ class Scorer:
     def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[tuple[tuple[int, ...], list[Key]]]:
         """Return prefixes that a split's rows share, and who shares them."""
         if self._groups[0] is not rows:
-            keys = row_keys(rows, range(len(rows)))
-            prompts = [key_context(rows, key) for key in keys]
-            everyone = range(len(keys))
+            asked = list(key_contexts(rows, range(len(rows))))
+            everyone = range(len(asked))
+            prompts = [context for context, _ in asked]
             groups = group_prompts(prompts, everyone) if self.fit.prefix else (PromptGroup((), tuple(everyone)),)
-            self._groups = (rows, [(group.prefix, [keys[at] for at in group.rows]) for group in groups])
+            self._groups = (
+                rows,
+                [(group.prefix, [key for at in group.rows for key in asked[at][1]]) for group in groups],
+            )
             self._prefixes.clear()
         return self._groups[1]
 

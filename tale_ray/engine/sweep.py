@@ -3,7 +3,7 @@
 For the length of a sweep each decoder layer's `forward` is ours. It keeps the hidden states of all nodes (see
 `streams`) beside the model, runs the layer once on those that need it, stacked along the batch axis, and lets the rest
 pass. Embedding, masks, rotary embedding, final norm and head stay the model's. Axes in tensor names: n nodes, b rows
-of a micro-batch, t tokens, d hidden size, v vocabulary.
+of a micro-batch, r states that are read, q predicted tokens, t tokens, d hidden size, v vocabulary.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -163,21 +163,22 @@ class Sweep:
         ]
         slots = sorted({slot for slot, _, _ in asked})
         states_nrd = self._last_states(finals, layout, prefix, memory, portions, slots=slots)
+        states_rd = states_nrd.flatten(0, 1)
         place = {slot: at for at, slot in enumerate(slots)}
-        device = states_nrd.device
-        at_q, token_q, row_q = (
-            torch.tensor(column, device=device)
-            for column in zip(*((place[slot], token, row) for slot, token, row in asked), strict=True)
-        )
-        found_nb = torch.zeros(len(finals), len(layout.slots), dtype=torch.float64, device=device)
-        size = portions.head_rows or len(slots)
-        for node, states_rd in enumerate(states_nrd):
-            for start in range(0, len(slots), size):
-                log_probabilities_rv = self._head(states_rd[start : start + size]).float().log_softmax(-1)
-                here = (at_q >= start) & (at_q < start + size)
-                values_q = log_probabilities_rv[at_q[here] - start, token_q[here]]
-                found_nb[node].index_add_(0, row_q[here], values_q.double())
-        found: list[list[float]] = found_nb.tolist()
+        nodes_n1 = torch.arange(len(finals))[:, None]
+        slot_q, token_q, row_q = torch.tensor([(place[slot], token, row) for slot, token, row in asked]).unbind(1)
+        slot_q = (nodes_n1 * len(slots) + slot_q).flatten()  # from here on, of every node
+        row_q = (nodes_n1 * len(layout.slots) + row_q).flatten()
+        token_q = token_q.repeat(len(finals))
+        found_b = torch.zeros(len(finals) * len(layout.slots), dtype=torch.float64)
+        size = portions.head_rows or len(states_rd)
+        for start in range(0, len(states_rd), size):
+            log_probabilities_rv = self._head(states_rd[start : start + size]).float().log_softmax(-1)
+            asked_q = ((slot_q >= start) & (slot_q < start + size)).nonzero()[:, 0]
+            places = (slot_q[asked_q] - start, token_q[asked_q])
+            values_q = log_probabilities_rv[tuple(index.to(log_probabilities_rv.device) for index in places)]
+            found_b.index_add_(0, row_q[asked_q], values_q.double().cpu())
+        found: list[list[float]] = found_b.view(len(finals), -1).tolist()
         return found
 
     @torch.inference_mode()

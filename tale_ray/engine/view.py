@@ -1,7 +1,8 @@
 """The plain path: one candidate after another, each the model without some layers, rows in micro-batches.
 
 The model's own forward and `generate` do all the computing. It works for every family, is what the sweep falls back
-on, and what it is compared with. Axes in tensor names: b rows of a micro-batch, t tokens, d hidden size, v vocabulary.
+on, and what it is compared with. Axes in tensor names: b rows of a micro-batch, t tokens, q places that the head runs
+on, d hidden size, v vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
-from tale_ray.engine.budget import batches, row_cost
+from tale_ray.engine.budget import Budget, batches, row_cost
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import Choice
 
@@ -69,73 +70,86 @@ def view_tokens(
 
 @torch.inference_mode()
 def view_log_likelihoods(
-    loaded: LoadedModel, removed: Collection[int], choices: Sequence[Choice], budget_bytes: int
+    loaded: LoadedModel, removed: Collection[int], choices: Sequence[Choice], budget: Budget
 ) -> list[float]:
     """Return the log-likelihood, in nats, of each choice's continuation by the model without the layers `removed`.
 
     Raises:
         ModelError: a layer cannot be removed.
-        ConfigError: not even one choice fits into `budget_bytes`.
+        ConfigError: not even one choice fits into the budget.
     """
     rows = [(*choice.context_ids, *choice.continuation_ids[:-1]) for choice in choices]
     cost = row_cost(loaded.model)
-    plan = batches(
-        [len(row) for row in rows], budget_bytes, lambda tokens: cost.row_bytes(tokens, 1) + tokens * cost.logit_bytes
-    )
+    most = max(len(choice.continuation_ids) for choice in choices)  # positions of a row that the head runs on
+
+    def row_bytes(num_tokens: int) -> int:
+        return cost.row_bytes(num_tokens, 1) + (most - 1) * cost.logit_bytes
+
+    needed = row_bytes(max(map(len, rows)))
     found: dict[int, float] = {}
     try:
         with loaded.layers.without(removed):
-            for batch in plan:
-                longest = max(len(rows[at]) for at in batch)
-                padded = [[*rows[at], *[rows[at][-1]] * (longest - len(rows[at]))] for at in batch]
-                logits_btv = loaded.model(
-                    input_ids=torch.tensor(padded, device=loaded.model.device), use_cache=False
-                ).logits
-                for at, logits_tv in zip(batch, logits_btv, strict=True):
-                    wanted = torch.tensor(choices[at].continuation_ids, device=logits_tv.device)
-                    own_tv = logits_tv[len(rows[at]) - len(wanted) : len(rows[at])].float().log_softmax(-1)
-                    found[at] = float(own_tv.gather(1, wanted[:, None]).double().sum())
+            for batch in batches(list(map(len, rows)), max(budget.batch, min(needed, budget.total)), row_bytes):
+                own = [rows[at] for at in batch]
+                wanted = [choices[at].continuation_ids for at in batch]
+                places = [
+                    (at, position)
+                    for at, (row, tokens) in enumerate(zip(own, wanted, strict=True))
+                    for position in range(len(row) - len(tokens), len(row))
+                ]
+                asked_q = torch.tensor([token for tokens in wanted for token in tokens], device=loaded.model.device)
+                log_probabilities_qv = _logits_at(loaded.model, own, places).float().log_softmax(-1)
+                values_q = log_probabilities_qv.gather(1, asked_q[:, None])[:, 0].double()
+                parts = torch.split(values_q, [len(tokens) for tokens in wanted])
+                found.update(zip(batch, (float(part.sum()) for part in parts), strict=True))
     finally:  # once more: a signal may have interrupted the tidying up itself
+        _free_head(loaded.model)
         loaded.layers.restore()
     return [value for _, value in sorted(found.items())]
 
 
 def _next_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The most likely next token of each prompt.
+    """The most likely next token of each prompt."""
+    logits_bv = _logits_at(model, prompts, [(row, len(prompt) - 1) for row, prompt in enumerate(prompts)])
+    return [int(token) for token in logits_bv.argmax(-1)]
 
-    Padding is on the right and there is no mask: with causal attention no prompt token sees it. The head runs on
-    each row's last prompt token only.
+
+def _logits_at(model: Any, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The logits (places, vocabulary) at some (row, position) places; the head runs on these only.
+
+    Padding is on the right and there is no mask: with causal attention no token of a row sees it.
     """
-    longest = max(map(len, prompts))
-    # Any token pads; the prompt's own last one needs no check that it exists.
-    padded = [[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]
+    longest = max(map(len, rows))
+    # Any token pads; the row's own last one needs no check that it exists.
+    padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
     tokens_bt = torch.tensor(padded, device=model.device)
-    last_b = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    with _head_at(model, last_b):
-        logits_btv = model(input_ids=tokens_bt, use_cache=False).logits
-    if logits_btv.shape[1] > 1:  # a model whose head is not known runs it everywhere
-        logits_btv = logits_btv[torch.arange(len(prompts)), last_b, None]
-    return [int(token) for token in logits_btv[:, -1].argmax(-1)]
+    row_q, position_q = torch.tensor(places).unbind(1)
+    with _head_at(model, row_q, position_q):
+        logits: torch.Tensor = model(input_ids=tokens_bt, use_cache=False).logits
+    if logits.shape[1] > 1:  # a model whose head is not known runs it everywhere
+        logits = logits[row_q, position_q, None]
+    return logits[:, -1]
 
 
-class _LastTokens:
-    """A pre-hook of the output embedding: it sees position `last_b` of each row only; soft-caps stay the model's."""
+class _Places:
+    """A pre-hook of the output embedding: it sees some places of the batch only; soft-caps stay the model's."""
 
-    def __init__(self, last_b: torch.Tensor) -> None:
-        self.last_b = last_b
+    def __init__(self, row_q: torch.Tensor, position_q: torch.Tensor) -> None:
+        self.row_q = row_q
+        self.position_q = position_q
 
     def __call__(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_btd, *others = inputs
-        at = self.last_b.to(hidden_btd.device)
-        return (hidden_btd[torch.arange(len(at), device=at.device), at, None], *others)
+        device = hidden_btd.device
+        return (hidden_btd[self.row_q.to(device), self.position_q.to(device), None], *others)
 
 
 @contextmanager
-def _head_at(model: Any, last_b: torch.Tensor) -> Iterator[None]:
+def _head_at(model: Any, row_q: torch.Tensor, position_q: torch.Tensor) -> Iterator[None]:
     head = model.get_output_embeddings()
     try:
         if head is not None:
-            head.register_forward_pre_hook(_LastTokens(last_b))
+            head.register_forward_pre_hook(_Places(row_q, position_q))
         yield
     finally:
         _free_head(model)
@@ -145,7 +159,7 @@ def _free_head(model: Any) -> None:
     """Take our hooks off; not by their handle, which an exception from a signal could have kept us from getting."""
     head = model.get_output_embeddings()
     hooks = head._forward_pre_hooks if head is not None else {}
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _LastTokens)]:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Places)]:
         del hooks[key]
 
 

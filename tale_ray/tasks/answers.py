@@ -9,6 +9,7 @@ import importlib
 import re
 import threading
 import unicodedata
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any, Final
@@ -75,6 +76,21 @@ def is_settled(answer: AnswerSpec, reply: str) -> bool:
     labels = [_composed(label).casefold() for label in answer.labels]
     under_way = (text[start:].casefold() for start in range(match.end()))
     return not any(label.startswith(rest) for rest in under_way for label in labels)
+
+
+def target_choice(choices: Sequence[str], target: str) -> int:
+    """Return which of the choices the target of a row is, but for white space around it; the first of equals.
+
+    Raises:
+        TaskError: it is none of them.
+    """
+    for number, choice in enumerate(choices):
+        if choice.strip() == target.strip():
+            return number
+    raise TaskError(
+        f"the target {target!r} is none of the choices {', '.join(map(repr, choices))}: it is the text of one of them; "
+        "correct `target` or `answer.choices`"
+    )
 
 
 def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:

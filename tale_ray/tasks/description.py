@@ -17,12 +17,14 @@ def describe_task(spec: TaskSpec, num_rows: int | None) -> str:
     if spec.answer.pattern is not None:
         answer += f" {spec.answer.pattern}"
     if spec.answer.choices is not None:
-        answer += f" of {spec.answer.choices}{' by characters' * spec.answer.normalised}"
+        answer += f" of {spec.answer.choices}{', by the character' * spec.answer.normalised}"
+    else:
+        answer += f"; at most {spec.max_new_tokens} new token{'s' * (spec.max_new_tokens > 1)}"
     lines = {
         "source": str(spec.source),
         "rows": "all of the source; counted with --data-root" if num_rows is None else str(num_rows),
         "demonstrations": shots + (f", of the same {spec.group_by}" if spec.group_by else ""),
-        "answer": f"{answer}; at most {spec.max_new_tokens} new token{'s' * (spec.max_new_tokens > 1)}",
+        "answer": answer,
         "metric": spec.metric,
     }
     header = f"{spec.name}: {spec.description}" if spec.description else spec.name

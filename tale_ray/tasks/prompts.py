@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from tale_ray.errors import TaskError
 from tale_ray.records import Choice, Example, Message
-from tale_ray.tasks.answers import parse_target
+from tale_ray.tasks.answers import parse_target, target_choice
 from tale_ray.tasks.spec import TaskSpec
 from tale_ray.tasks.splits import row_digest
 from tale_ray.tasks.templates import list_texts, render_template
@@ -57,6 +57,7 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer of transformers."""
 
     chat_template: Any  # a template, templates by name, or None
+    bos_token_id: int | None
     eos_token_id: int | None
 
     def get_chat_template(self) -> str:
@@ -86,15 +87,10 @@ def render(spec: TaskSpec, row: Mapping[str, Any], digest: str) -> Example:
     )
     reply = render_template(spec.reply, row, "reply")
     target = render_template(spec.target, row, "target").strip()
-    if spec.answer.choices is not None:
-        choices = list_texts(spec.answer.choices, row, "answer.choices")
-        if target not in (stripped := [choice.strip() for choice in choices]):
-            raise TaskError(
-                f"task {spec.name}, row {digest[:12]}: the target {target!r} is none of the choices "
-                f"{', '.join(map(repr, choices))}: it is one of them; correct `target` or `answer.choices`"
-            )
-        return Example(digest, messages, reply, str(stripped.index(target)), choices)
     try:
+        if spec.answer.choices is not None:
+            choices = list_texts(spec.answer.choices, row, "answer.choices")
+            return Example(digest, messages, reply, str(target_choice(choices, target)), choices)
         return Example(digest=digest, messages=messages, reply=reply, target=parse_target(spec.answer, target))
     except TaskError as error:
         raise TaskError(f"task {spec.name}, row {digest[:12]}: {error}; the row is {_shown(row)}") from error
@@ -123,12 +119,10 @@ def encode(
         TaskError: the chat template fails, or there are no tokens.
     """
     text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
-    token_ids = tokenizer.encode(text, add_special_tokens=adds_tokens)
-    if adds_tokens and token_ids and token_ids[-1] == tokenizer.eos_token_id:
-        token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
+    token_ids = _token_ids(tokenizer, text, add_special_tokens=adds_tokens)
     if not token_ids:
         raise TaskError(f"the prompt {_shown(text)} has no tokens: check the tokenizer and its chat template")
-    return tuple(token_ids)
+    return token_ids
 
 
 def prompt_text(
@@ -153,37 +147,71 @@ def encode_choices(
     choices: Sequence[str],
     demonstrations: Sequence[Example] = (),
 ) -> tuple[Choice, ...]:
-    """Return what the model is to say how likely it is: each choice as the reply to the chat.
+    """Return what the model is to say how likely it is: each choice as the reply to the chat, cut as by `encode_pair`.
+
+    Without a chat template a space comes before each, as before the replies of demonstrations.
 
     Raises:
         TaskError: as `encode`, or a choice has no tokens.
     """
     text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
     between = " " if adds_tokens else ""  # a plain prompt ends with 'Answer:'
-    return tuple(
-        Choice(choice, *encode_pair(tokenizer, text, between + choice, add_special_tokens=adds_tokens))
-        for choice in choices
-    )
+    pairs = _encode_pairs(tokenizer, text, [between + choice for choice in choices], add_special_tokens=adds_tokens)
+    return tuple(Choice(choice, *pair) for choice, pair in zip(choices, pairs, strict=True))
 
 
 def encode_pair(
-    tokenizer: Tokenizer, context: str, continuation: str, *, add_special_tokens: bool
+    tokenizer: Tokenizer, context: str, continuation: str, *, add_special_tokens: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids of a context and of what follows it, as lm-evaluation-harness cuts them.
 
-    White space at the end of the context goes over to the continuation, both are encoded together, and cut where the
-    context alone would end.
+    White space at the end of the context goes over to the continuation. Both are encoded together, and the continuation
+    is what comes after as many tokens as the context has alone; the context is what it is alone, also where a token
+    would cross the border. A context without text is the token that starts all texts, or else the one that ends them.
 
     Raises:
         TaskError: one of them has no tokens.
     """
+    return _encode_pairs(tokenizer, context, [continuation], add_special_tokens=add_special_tokens)[0]
+
+
+def _encode_pairs(
+    tokenizer: Tokenizer, context: str, continuations: Sequence[str], *, add_special_tokens: bool
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return pairs that share one tuple of the context, which may be long."""
     stripped = context.rstrip()
-    continuation, context = context[len(stripped) :] + continuation, stripped
-    whole = tokenizer.encode(context + continuation, add_special_tokens=add_special_tokens)
-    before = tokenizer.encode(context, add_special_tokens=add_special_tokens)
-    if not before or len(whole) <= len(before):
-        raise TaskError(f"the choice {_shown(continuation)} after {_shown(context)} has no tokens of its own")
-    return tuple(whole[: len(before)]), tuple(whole[len(before) :])
+    space = context[len(stripped) :]
+    before = _token_ids(tokenizer, stripped, add_special_tokens=add_special_tokens) if stripped else ()
+    pairs = []
+    for continuation in continuations:
+        if stripped:
+            whole = _token_ids(tokenizer, stripped + space + continuation, add_special_tokens=add_special_tokens)
+            pair = before, whole[len(before) :]
+        else:
+            pair = _start_pair(tokenizer, space + continuation)
+        if not all(pair):
+            raise TaskError(
+                f"the choice {_shown(continuation)} after {_shown(context)} has no tokens of its own, so it has no "
+                "likelihood: let both be texts, and the choice start with a space if the tokenizer joins them"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def _start_pair(tokenizer: Tokenizer, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return a text that nothing comes before as what comes after the token that starts all texts."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    token_ids = _token_ids(tokenizer, text, add_special_tokens=False)
+    if start is None or token_ids[:1] == (start,):
+        return token_ids[:1], token_ids[1:]
+    return (start,), token_ids
+
+
+def _token_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if add_special_tokens and token_ids and token_ids[-1] == tokenizer.eos_token_id:
+        token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
+    return tuple(token_ids)
 
 
 def chat_notes(tokenizer: Tokenizer) -> tuple[str, ...]:

@@ -170,6 +170,7 @@ def _load_file(path: Path) -> TaskSpec:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter from values such as 2020-99-99
         raise TaskError(f"task file {path} is not valid YAML: {error}; correct it there") from error
     keys = _Keys(f"task file {path}", "", content)
+    answer = _answer(keys.section("answer"))
     spec = TaskSpec(
         name=keys.name("name"),
         description=keys.text("description", ""),
@@ -179,8 +180,8 @@ def _load_file(path: Path) -> TaskSpec:
         messages=_messages(keys),
         reply=keys.template("reply"),
         target=keys.template("target"),
-        answer=_answer(keys.section("answer")),
-        max_new_tokens=keys.integer("max_new_tokens", minimum=1),
+        answer=answer,
+        max_new_tokens=_max_new_tokens(keys, answer),
         metric=keys.one_of("metric", METRICS, "accuracy"),
         folder=path.absolute().parent,
         text=text,
@@ -261,6 +262,14 @@ def _answer(keys: "_Keys") -> AnswerSpec:
     stop = keys.texts("stop", may_be_blank=True) if kind != "likelihood" and keys.has("stop") else ()
     keys.finish()
     return AnswerSpec(type=kind, labels=labels, pattern=pattern, stop=stop, choices=choices, normalised=normalised)
+
+
+def _max_new_tokens(keys: "_Keys", answer: AnswerSpec) -> int:
+    if answer.type != "likelihood":
+        return keys.integer("max_new_tokens", minimum=1)
+    if keys.has("max_new_tokens"):
+        keys.refuse("max_new_tokens", "nothing is decoded for answers of type likelihood; remove the key")
+    return 1
 
 
 def _suggestion(word: str, words: Iterable[str], question: str = "did you mean") -> str:

@@ -4,6 +4,7 @@ This module does not know what a task is, nor what a template is for.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -70,10 +71,11 @@ def list_texts(expression: str, row: Mapping[str, Any], name: str) -> tuple[str,
             f"expression `{name}` {expression!r} fails on a row with the columns {columns}: "
             f"{type(error).__name__}: {error}. Correct the expression, or the row"
         ) from error
-    if not values or len(values) < 2 or not all(isinstance(value, str) and value for value in values):
+    if not values or len(values) < 2 or not all(isinstance(value, str) and value.strip() for value in values):
         raise TaskError(
-            f"expression `{name}` {expression!r} gives {values if values is not None else found!r}: it gives a list "
-            "of at least two texts, none of them empty; correct the expression, or the row"
+            f"expression `{name}` {expression!r} gives {reprlib.repr(values if values is not None else found)}: it "
+            "gives a list of at least two texts, none of them empty; correct the expression, or the row (numbers "
+            "become texts with `| map('string')`)"
         )
     if half := next(filter(None, map(half_character, values)), None):
         raise TaskError(f"expression `{name}` {expression!r} gives {half}, half a character; correct the row")
