@@ -168,9 +168,10 @@ def test_the_plain_path_takes_a_row_that_is_more_than_a_micro_batch(llama: Loade
 
 def test_the_head_runs_on_all_candidates_together(llama: LoadedModel) -> None:
     scorer, sizes = Scorer(llama), list[int]()
+    row = PromptRow(PREFIX, "0", (Choice("x", PREFIX, (60,)), Choice("y", PREFIX, (61, 62))))
     handle = llama.model.lm_head.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
     try:
-        scorer.score(unit([None, 2, 3], [0]), choice_rows()[:1], ANSWER, 1, "w")
+        scorer.score(unit([None, 2, 3], [0]), [row], ANSWER, 1, "w")
     finally:
         handle.remove()
     assert sizes == [3 * 2], "the end of the context, which two choices share, and the first token of one of them"
