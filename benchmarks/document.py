@@ -87,9 +87,9 @@ def sameness(workloads: Mapping[str, Any]) -> str:
         )
     header = ("name", "baseline", "removed (correct)", "rejected", "same answers", "forwards", "published was run")
     return f"""Where the published procedure ran in full, every decision (baseline, winners, counts, rejected
-round) is compared, where it was sampled, the sampled answers only; a difference ends the benchmark. "Same answers": (model, row) pairs
-known from both sides, by the search and by the exhaustive one; none differed. The spread of sampled times leaves out
-the error of sampling.
+round) is compared; where it was sampled, the sampled answers only. A difference ends the benchmark.
+"Same answers": (model, row) pairs known from both sides, by the search and by the exhaustive one; none
+differed. The spread of sampled times leaves out the error of sampling.
 
 {table(header, rows)}"""
 
