@@ -9,7 +9,7 @@
 import Driver`. Importing the package imports neither torch nor Ray.
 """
 
-from tale_ray.api import evaluate, open_run, resume, search
+from tale_ray.api import evaluate, open_run, open_study, resume, resume_study, search
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "open_run", "resume", "search"]
+__all__ = ["evaluate", "open_run", "open_study", "resume", "resume_study", "search"]

@@ -1,28 +1,34 @@
 """The Python API: the same as the command line, without its display."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from tale_ray.attempt.evaluate import StoredIdentity, picked_removal, run_evaluation, stored_identity
+from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_removal, run_evaluation, stored_identity
 from tale_ray.attempt.search import RunOpened, run_search
+from tale_ray.attempt.study import StudyOpened, run_study
 from tale_ray.config import (
     SearchConfig,
     StorageSection,
     StrategySection,
+    check_seeds,
     parse_bytes,
     parse_duration,
     parse_layers,
+    parse_seeds,
     parse_splits,
 )
 from tale_ray.errors import ConfigError
 from tale_ray.records import Round, Score, SplitName
+from tale_ray.results.held_out import selected_result
+from tale_ray.results.study import summarize_study
 from tale_ray.results.summary import stored_history, summarize
 from tale_ray.search.history import History
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
+from tale_ray.store.study import StudyFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,32 @@ class Run:
     def final(self) -> Round:
         """The last committed round."""
         return self.history.final
+
+    @property
+    def selected(self) -> Round | None:
+        """The round that the select rows recommend; None before they are scored, or if there are none."""
+        history = self.history
+        found = selected_result(RunReader(self.uri), history)
+        return None if found is None else history.rounds[found["round"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """The runs of one search with several seeds, read from their folder."""
+
+    uri: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `tale-ray show STUDY --json` prints."""
+        return summarize_study(StudyFolder(self.uri))
+
+    @property
+    def runs(self) -> dict[int, Run]:
+        """The runs that have begun, by seed."""
+        folder = StudyFolder(self.uri)
+        uris = {seed: folder.run(seed) for seed in folder.manifest().seeds}
+        return {seed: Run(uri) for seed, uri in uris.items() if RunReader(uri).exists()}
 
 
 _RENAMED = {"wait_resources": "wait_resources_seconds", "time_limit": "time_limit_seconds"}
@@ -112,8 +144,16 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def search(**options: Any) -> Run:
-    """Search to the end, or go on with what the run folder holds, and return the run.
+@overload
+def search(*, seeds: None = None, **options: Any) -> Run: ...
+
+
+@overload
+def search(*, seeds: str | Iterable[int], **options: Any) -> Study: ...
+
+
+def search(*, seeds: str | Iterable[int] | None = None, **options: Any) -> Run | Study:
+    """Search to the end, or go on with what the run folder holds, and return the run; with `seeds`, the study.
 
     Takes the long option names of `tale-ray search`, e.g. `search(model="bundled", task="boolean_synthetic",
     rows=200, local=True)`. In the main thread a signal interrupts the search as it does the command.
@@ -123,7 +163,12 @@ def search(**options: Any) -> Run:
         Interrupted: stopped before the end; `resume` goes on.
         TaleRayError: the run failed.
     """
-    return run_to_end(make_config(**options))
+    if seeds is None:
+        return run_to_end(make_config(**options))
+    chosen = parse_seeds(seeds) if isinstance(seeds, str) else check_seeds(tuple(seeds))
+    if "seed" in options:
+        raise ConfigError(f"seed {options['seed']!r} and seeds {chosen} exclude each other: leave one out")
+    return study_to_end(make_config(**options), chosen)
 
 
 def resume(run: str | os.PathLike[str], **options: Any) -> Run:
@@ -148,6 +193,39 @@ def run_to_end(config: SearchConfig) -> Run:
     return Run(uri)
 
 
+def study_to_end(config: SearchConfig, seeds: Sequence[int]) -> Study:
+    """Search as configured with every seed and return the study."""
+    interruption = Interruption()
+    uri = ""
+    with interruption.on_signals(config.storage.time_limit_seconds):
+        for event in run_study(config, seeds, interruption):
+            if isinstance(event, StudyOpened):
+                uri = event.study
+    return Study(uri)
+
+
+def resume_study(study: str | os.PathLike[str], **options: Any) -> Study:
+    """Go on with a study from its folder. `options` may change where it runs, never what was decided.
+
+    Raises:
+        UsageError: there is no study, or the options would change a decision.
+        Interrupted: stopped before the end.
+        TaleRayError: a run failed.
+    """
+    return study_to_end(*resumed_study(os.fspath(study), **options))
+
+
+def resumed_study(study: str, **options: Any) -> tuple[SearchConfig, tuple[int, ...]]:
+    """Return the configuration and the seeds of a stored study with some options changed, set to go on with it.
+
+    Raises:
+        StoreError: there is no study.
+        ConfigError: an option is unknown, or a value breaks a rule.
+    """
+    manifest = StudyFolder(study).manifest()
+    return _resumed(SearchConfig.from_json(manifest.config), study, options), tuple(manifest.seeds)
+
+
 def resumed_config(run: str, **options: Any) -> SearchConfig:
     """Return the configuration of a stored run with some options changed, set to go on with it.
 
@@ -157,7 +235,10 @@ def resumed_config(run: str, **options: Any) -> SearchConfig:
         StoreError: there is no run.
         ConfigError: an option is unknown, or a value breaks a rule.
     """
-    stored = SearchConfig.from_json(RunReader(run).manifest().config)
+    return _resumed(SearchConfig.from_json(RunReader(run).manifest().config), run, options)
+
+
+def _resumed(stored: SearchConfig, run: str, options: Mapping[str, Any]) -> SearchConfig:
     values = _values(options) | {"run": run, "resume": "must"}
     resources = stored.resources  # a place that is asked for now replaces the one that was
     if values.get("address") or values.get("local"):
@@ -200,6 +281,16 @@ def open_run(run: str | os.PathLike[str]) -> Run:
     return Run(os.fspath(run))
 
 
+def open_study(study: str | os.PathLike[str]) -> Study:
+    """Return a study from its folder or URI, finished or not.
+
+    Raises:
+        StoreError: there is no study.
+    """
+    StudyFolder(os.fspath(study)).manifest()
+    return Study(os.fspath(study))
+
+
 def evaluate(split: SplitName | Literal["all"] = "test", **options: Any) -> Score:
     """Return the score of a model on a split of a task, as `tale-ray evaluate` does, whose options it takes.
 
@@ -213,9 +304,9 @@ def evaluate(split: SplitName | Literal["all"] = "test", **options: Any) -> Scor
     interruption = Interruption()
     config, expected = evaluated_config(**options)
     with interruption.on_signals():
-        *_, score = run_evaluation(config, expected, None if split == "all" else split, interruption)
-    assert isinstance(score, Score)
-    return score
+        *_, evaluation = run_evaluation(config, expected, None if split == "all" else split, interruption)
+    assert isinstance(evaluation, Evaluation)
+    return evaluation.score
 
 
 def evaluated_config(
@@ -240,4 +331,4 @@ def evaluated_config(
         remove = picked_removal(reader, str(pick or "best"))
     options.pop("remove", None)
     config = replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))
-    return config, stored_identity(reader.uri, reader.manifest(), options)
+    return config, stored_identity(reader, options)

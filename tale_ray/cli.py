@@ -1,40 +1,41 @@
 """The command line: parse, call, print. Errors become exit codes here and nowhere else."""
 
-import difflib
 import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
 
 import click
-import yaml
 from click.core import ParameterSource
 from rich.console import Console
 
 import tale_ray
-from tale_ray.annotations import fits
-from tale_ray.api import evaluated_config, make_config, resumed_config
-from tale_ray.attempt.evaluate import run_evaluation
+from tale_ray.api import evaluated_config, make_config, resumed_config, resumed_study
+from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
+from tale_ray.attempt.study import StudyOpened, run_study, seeded_configs
 from tale_ray.config import (
     DEFAULT_SPLITS,
     DType,
     EpsilonMode,
     ResumeMode,
     SearchConfig,
+    parse_seeds,
     splits_text,
 )
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
+from tale_ray.option_file import read_option_file
 from tale_ray.progress import Display
-from tale_ray.records import Score
+from tale_ray.results.study import summarize_study
+from tale_ray.results.study_tables import study_table
 from tale_ray.results.summary import summarize
-from tale_ray.results.tables import accuracy_text, count_text, layers_text, output_console, run_table, score_json
+from tale_ray.results.tables import count_text, evaluation_json, evaluation_text, output_console, run_table
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
+from tale_ray.store.study import StudyFolder
 from tale_ray.store.uris import strip_credentials
 from tale_ray.tasks.data import count_rows
 from tale_ray.tasks.description import describe_task
@@ -50,52 +51,6 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-_FILE_KINDS: Mapping[str, tuple[Any, str]] = {  # what YAML may write otherwise than the command line
-    **dict.fromkeys(
-        ("epsilon", "wait_resources", "time_limit", "batch_bytes"), (str | int | float, "a text or a number")
-    ),
-    **dict.fromkeys(("remove", "keep_layers"), (str | int | list[Any], "a list of layers")),
-    "splits": (str | Mapping[Any, Any], "a text or shares by name"),
-}
-
-
-def _file_kind(option: click.Parameter) -> tuple[Any, str]:
-    """Return the type of an option's value in a file and its name: click itself reads 2.5 as 2 and true as a text."""
-    if option.name in _FILE_KINDS:
-        return _FILE_KINDS[option.name]
-    if isinstance(option, click.Option) and option.is_flag:
-        return bool, "true or false"
-    if option.type is click.INT:
-        return int | str, "a whole number"
-    return str, "a text, which may need quotes"
-
-
-def _option_file(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
-    """Take the values of a YAML file as defaults; the command line wins."""
-    if path is None:
-        return
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}; it is YAML in UTF-8") from error
-    known = {option.name: option for option in context.command.params if option.name and option.name != "config"}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"config file {path} is not a mapping: write one `option: value` a line")
-    if unknown := sorted(values.keys() - known.keys()):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ConfigError(
-            f"config file {path}: option {unknown[0]!r} is not known{f' (did you mean {close[0]}?)' if close else ''}: "
-            f"write one of {', '.join(sorted(known))}"
-        )
-    for key, value in values.items():
-        kind, words = _file_kind(known[key])
-        if value is not None and not fits(value, kind):
-            raise ConfigError(f"config file {path}: option {key} is {value!r}: it is {words}; correct it")
-    lists = {key: ",".join(map(str, value)) for key, value in values.items() if isinstance(value, list)}
-    mappings = {key: splits_text(value) for key, value in values.items() if isinstance(value, dict)}
-    context.default_map = {**values, **lists, **mappings}
-
-
 model_options = _options(
     click.option("--model", metavar="M", help="Hub id, folder, or `bundled`."),
     click.option("--gguf", metavar="FILE", help="GGUF file in the model's folder."),
@@ -108,6 +63,9 @@ model_options = _options(
 data_root_option = click.option(
     "--data-root", metavar="DIR", envvar="TALE_RAY_DATA_ROOT", help="Local mirror of hub data sets."
 )
+include_path_option = click.option(
+    "--include-path", metavar="DIR", help="Folder of lm-eval task files, for `lm-eval:NAME`."
+)
 shots_option = click.option(
     "--shots", type=int, metavar="K", default=0, show_default=True, help="Demonstrations before every prompt."
 )
@@ -118,12 +76,13 @@ seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Decides which rows are in which split, and which are shown."
 )
 task_options = _options(
-    click.option("--task", metavar="T", help="Built-in task, or path of a task file (`tale-ray tasks`)."),
+    click.option("--task", metavar="T", help="Built-in task, path of a task file, or lm-eval:NAME."),
     click.option("--rows", type=int, metavar="N", help="Use the first N search rows.  [default: all]"),
     shots_option,
     splits_option,
     seed_option,
     data_root_option,
+    include_path_option,
 )
 resource_options = _options(
     click.option("--local", is_flag=True, help="Run in this process, without Ray."),
@@ -159,12 +118,13 @@ def cli() -> None:
     "--config",
     is_eager=True,
     expose_value=False,
-    callback=_option_file,
+    callback=read_option_file,
     metavar="FILE",
     help="Flat YAML of long option names with underscores; the command line wins.",
 )
 @model_options
 @task_options
+@click.option("--seeds", metavar="LIST", help="Search once with each seed, e.g. 0,1,2, and compare: a study.")
 @_options(
     click.option("--strategy", default="tale", show_default=True, help="How layers are chosen."),
     click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
@@ -182,7 +142,9 @@ def cli() -> None:
 )
 @resource_options
 @_options(
-    click.option("--run", metavar="DIR_OR_URI", help="Run folder.  [default: runs/<task>-<digest>]"),
+    click.option(
+        "--run", metavar="DIR_OR_URI", help="Run folder, or that of a study.  [default: runs/<task>-<digest>]"
+    ),
     click.option(
         "--resume",
         type=click.Choice(get_args(ResumeMode)),
@@ -193,16 +155,19 @@ def cli() -> None:
     time_limit_option,
     click.option("--dry-run", is_flag=True, help="Check everything that needs no model, print it, and stop."),
 )
-def search(dry_run: bool, **options: Any) -> None:
+@click.pass_context
+def search(context: click.Context, /, dry_run: bool, seeds: str | None, **options: Any) -> None:
     """Search for the layers that a task is better off without.
 
     Goes on with an unfinished search, and prints the result of a finished one again.
     """
     config = make_config(**_given(options))
+    chosen = _chosen_seeds(context, seeds, config.task.seed)
     if dry_run:
-        _print_plan(plan_search(config))
+        for each in [config] if chosen is None else seeded_configs(config, chosen)[1]:
+            _print_plan(plan_search(each))
     else:
-        _search(config)
+        _search(config, chosen)
 
 
 @cli.command()
@@ -210,6 +175,7 @@ def search(dry_run: bool, **options: Any) -> None:
 @click.option("--model", metavar="PATH", help="Where the same model lies now.")
 @click.option("--task", metavar="PATH", help="Where the same task file lies now.")
 @data_root_option
+@include_path_option
 @click.option("--epsilon", help="A larger one than the run has.")
 @click.option("--max-removed", type=int, metavar="N", help="A larger one than the run has.")
 @resource_options
@@ -219,16 +185,19 @@ def resume(context: click.Context, /, run: str, **options: Any) -> None:
     """Go on with a run from its folder, wherever it is now.
 
     On the cluster that it was on, unless --address or --local names another place. A finished run goes on too where
-    --epsilon or --max-removed is larger than it was.
+    --epsilon or --max-removed is larger than it was. A study goes on with each of its runs.
     """
-    _search(resumed_config(run, **_changed(context, options)))
+    if StudyFolder(run).exists():
+        _search(*resumed_study(run, **_changed(context, options)))
+    else:
+        _search(resumed_config(run, **_changed(context, options)))
 
 
 @cli.command()
 @click.argument("run")
 @json_option
 def show(run: str, as_json: bool) -> None:
-    """Show what a run has found.
+    """Show what a run, or a study, has found.
 
     Reads its folder alone: while it runs, after a kill, when the cluster is gone.
     """
@@ -237,7 +206,7 @@ def show(run: str, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--run", metavar="RUN", help="Take model, task and rows from a run.")
-@click.option("--pick", metavar="P", help="With --run: best, bsba, final, or a round.  [default: best]")
+@click.option("--pick", metavar="P", help="With --run: best, bsba, final, selected, or a round.  [default: best]")
 @model_options
 @task_options
 @click.option("--remove", metavar="LAYERS", help="Score without these layers, e.g. 3,7.")
@@ -262,23 +231,17 @@ def evaluate(
     config, expected = evaluated_config(run, pick, **given)
     interruption = Interruption()
     console = Console(stderr=True)
-    score = None
+    evaluation = None
     with interruption.on_signals(), Display(console) as display:
         chosen: Any = None if split == "all" else split
         for event in run_evaluation(config, expected, chosen, interruption):
-            if isinstance(event, Score):
-                score = event
+            if isinstance(event, Evaluation):
+                evaluation = event
             else:
                 display.show(event)
-    assert score is not None
-    values = score_json(score, config.strategy.remove, split)
-    if as_json:
-        click.echo(json.dumps(values, indent=2))
-    else:
-        click.echo(
-            f"{split} rows, layers removed: {layers_text(config.strategy.remove)}: {accuracy_text(values)}, "
-            f"{score.invalid} without a readable answer"
-        )
+    assert evaluation is not None
+    values = evaluation_json(evaluation.score, evaluation.comparison, config.strategy.remove, split)
+    click.echo(json.dumps(values, indent=2) if as_json else evaluation_text(values))
 
 
 @cli.group(invoke_without_command=True)
@@ -301,6 +264,7 @@ def tasks(context: click.Context, data_root: str | None) -> None:
     seed_option,
     splits_option,
     data_root_option,
+    include_path_option,
 )
 @click.pass_context
 def show_task(context: click.Context, /, name: str, model: str | None, row: int | None, **options: Any) -> None:
@@ -334,14 +298,26 @@ def _changed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _search(config: SearchConfig) -> None:
-    """Search, show how it goes on stderr, and print the result on stdout."""
+def _chosen_seeds(context: click.Context, seeds: str | None, seed: int) -> tuple[int, ...] | None:
+    """Return the seeds of a study, or None if one run is asked for; the command line wins over the config file."""
+    if seeds is None:
+        return None
+    one, several = (context.get_parameter_source(name) for name in ("seed", "seeds"))
+    if one is several:
+        raise ConfigError(f"seed {seed} and seeds {seeds} exclude each other: leave one out")
+    return None if one is ParameterSource.COMMANDLINE else parse_seeds(seeds)
+
+
+def _search(config: SearchConfig, seeds: Sequence[int] | None = None) -> None:
+    """Search, once or with each seed, show how it goes on stderr, and print the result on stdout."""
     interruption = Interruption()
     run = None
     with interruption.on_signals(config.storage.time_limit_seconds), Display(Console(stderr=True)) as display:
         try:
-            for event in run_search(config, interruption):
-                if isinstance(event, RunOpened):
+            for event in run_search(config, interruption) if seeds is None else run_study(config, seeds, interruption):
+                if isinstance(event, StudyOpened):
+                    run = event.study
+                elif isinstance(event, RunOpened) and seeds is None:
                     run = event.run
                 display.show(event)
         except Interrupted as error:
@@ -358,11 +334,12 @@ def _search(config: SearchConfig) -> None:
 
 
 def _show(run: str, as_json: bool) -> None:
-    summary = summarize(RunReader(run))
+    is_study = StudyFolder(run).exists()
+    summary = summarize_study(StudyFolder(run)) if is_study else summarize(RunReader(run))
     if as_json:
         click.echo(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
-        output_console().print(run_table(summary), soft_wrap=True)
+        output_console().print(study_table(summary) if is_study else run_table(summary), soft_wrap=True)
 
 
 def _print_plan(plan: SearchPlan) -> None:

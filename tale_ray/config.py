@@ -83,6 +83,34 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
         raise ConfigError(f"{name} {text!r} is not a list of layers: write numbers such as 3,7") from None
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of a comma-separated list.
+
+    Raises:
+        ConfigError: not whole numbers, none, or one given twice.
+    """
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"seeds {text!r} is not a list of seeds: write numbers such as 0,1,2") from None
+    return check_seeds(seeds)
+
+
+def check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the seeds of a study.
+
+    Raises:
+        ConfigError: not whole numbers, none, or one given twice.
+    """
+    if not seeds:
+        raise ConfigError("seeds is empty: name one at least, such as 0,1,2")
+    if wrong := [seed for seed in seeds if not fits(seed, int)]:
+        raise ConfigError(f"seeds: {wrong[0]!r} is not a whole number: write one")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds {','.join(map(str, seeds))}: a seed is given twice; give each once")
+    return seeds
+
+
 def parse_splits(text: str) -> dict[SplitName, str]:
     """Return the shares of `search=0.5,select=0.2,test=0.3` as decimal texts by split name.
 
@@ -192,6 +220,7 @@ class TaskSection:
     splits: Mapping[SplitName, str] = field(default_factory=lambda: dict(DEFAULT_SPLITS))
     seed: int = 0
     data_root: str | None = None
+    include_path: str | None = None  # of lm-evaluation-harness tasks: a folder of task files beside its own
 
     def __post_init__(self) -> None:
         _check_kinds(self)

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
-from tale_ray.records import Round
+from tale_ray.attempt.study import SeedStarted
+from tale_ray.records import Round, Score
 from tale_ray.results.tables import count_text
-from tale_ray.search.driver import HeldOutScored, RoundFinished, ScoringStarted, SearchEnded
+from tale_ray.search.driver import HeldOutScored, RoundFinished, RoundSelected, ScoringStarted, SearchEnded
 from tale_ray.search.pool import ScoringAdvanced, UnitRetried, WorkersChanged
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.uris import strip_credentials
@@ -59,6 +60,8 @@ class Display:
     def show(self, event: Any) -> None:
         """Show one event of an attempt."""
         match event:
+            case SeedStarted(seed, seeds):
+                self._say(f"seed {seed}, {seeds.index(seed) + 1} of {len(seeds)}")
             case RowsPrepared(task, counts, notes):
                 self._say(
                     f"task {task}: " + ", ".join(count_text(count, f"{split} row") for split, count in counts.items())
@@ -97,8 +100,10 @@ class Display:
                 self._say(f"{worker} {change}; {count_text(num_workers, 'worker')}")
             case SearchEnded(reason):
                 self._say(f"search ended: {reason}")
+            case RoundSelected(entry, score):
+                self._say(f"round {entry.number} is selected, on select rows: {_accuracy(score)}")
             case HeldOutScored(name, score):
-                self._say(f"{name} on test rows: {score.correct}/{score.total} = {100 * score.accuracy:.1f}%")
+                self._say(f"{name} on test rows: {_accuracy(score)}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -131,11 +136,15 @@ class Display:
 
 
 def _round_line(entry: Round) -> str:
-    score = f"{entry.score.correct}/{entry.score.total} = {100 * entry.score.accuracy:.1f}%"
+    score = _accuracy(entry.score)
     if entry.removed_layer is None:
         return f"baseline: {score}"
     verdict = "removed" if entry.committed else "kept, its removal falls below the floor"
     return f"round {entry.number}: layer {entry.removed_layer} {verdict}, {score}"
+
+
+def _accuracy(score: Score) -> str:
+    return f"{score.correct}/{score.total} = {100 * score.accuracy:.1f}%"
 
 
 def _last_line(text: str) -> str:

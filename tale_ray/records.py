@@ -38,6 +38,8 @@ class Example:
     target: str  # what the answer parsed from a reply is compared with; of choices: the number of the right one
     choices: tuple[str, ...] = ()  # replies that are compared by their log-likelihoods, where nothing is decoded
     demonstrations: tuple["Example", ...] = ()  # shown before it, in this order
+    prompt: str | None = None  # all of the prompt as plain text, where the task writes it itself: there are no messages
+    contexts: tuple[str, ...] = ()  # what comes before each choice, with such a prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from simulation import MODEL, SimulatedExecutor, Table, TableRound, examples, ta
 from tale_ray.config import ModelSection, SearchConfig, StrategySection, TaskSection
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, PoisonUnit
 from tale_ray.records import StopReason
+from tale_ray.results.statistics import recommend
 from tale_ray.results.summary import stored_history, summarize
 from tale_ray.search.driver import Driver, SearchEnded
 from tale_ray.search.interruption import Interruption
@@ -24,8 +25,13 @@ from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 
 NUM_ROWS = 24
+NUM_SELECT_ROWS = 11
 NUM_TEST_ROWS = 9
-EXAMPLES = {"search": examples(NUM_ROWS), "test": examples(NUM_TEST_ROWS, "test")}
+EXAMPLES = {
+    "search": examples(NUM_ROWS),
+    "select": examples(NUM_SELECT_ROWS, "select"),
+    "test": examples(NUM_TEST_ROWS, "test"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +82,7 @@ def attempt(
             examples=EXAMPLES,  # type: ignore[arg-type]
             pool=Pool(executor, interruption or Interruption()),
             writer=writer,
+            recommend=recommend,
             loaded_at=time.monotonic(),
             exhaustive=search.strategy.exhaustive,
         )
@@ -103,7 +110,18 @@ def as_table(summary: dict[str, object]) -> tuple[list[TableRound], TableRound |
 
 def decisions(summary: dict[str, object]) -> dict[str, object]:
     """Everything of a summary that must not depend on what happened on the way."""
-    names = ("baseline", "rounds", "rejected_round", "best", "bsba", "final", "test", "stop_reason", "state")
+    names = (
+        "baseline",
+        "rounds",
+        "rejected_round",
+        "best",
+        "bsba",
+        "final",
+        "selected",
+        "test",
+        "stop_reason",
+        "state",
+    )
     return {name: summary[name] for name in names}
 
 

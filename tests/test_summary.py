@@ -24,7 +24,14 @@ SCORE = {"correct": int, "total": int, "invalid": int}
 PICK = {"round": int, "removed": [int], "correct": int, "total": int}
 CANDIDATE = {"layer": int, "correct": int, "seen": int, "status": str}
 ROUND = {"round": int, "removed_layer": int, "removed": [int], **SCORE, "candidates": [CANDIDATE]}
-RESULT = {"round": int, "removed": [int], **SCORE}
+RESULT = {"round": int, "removed": [int], **SCORE, "interval": [NUMBER]}
+COMPARED = {
+    **RESULT,
+    **dict.fromkeys(("difference", "p_value", "p_value_holm"), NUMBER),
+    "difference_interval": [NUMBER],
+    **dict.fromkeys(("wins", "losses", "ties"), int),
+}
+NAMES = ("best", "bsba", "final", "selected")
 FIELDS: dict[str, Any] = {
     "run": str,
     "state": str,
@@ -36,9 +43,9 @@ FIELDS: dict[str, Any] = {
     "baseline": SCORE,
     "rounds": [ROUND],
     "rejected_round": ROUND,
-    **dict.fromkeys(("best", "bsba", "final", "selected"), PICK),
-    "test": dict.fromkeys(("baseline", "best", "bsba", "final"), RESULT),
-    "optimism": {},
+    **dict.fromkeys(NAMES, PICK),
+    "test": {"baseline": RESULT, **dict.fromkeys(NAMES, COMPARED)},
+    "optimism": dict.fromkeys(NAMES, NUMBER),
     "stop_reason": str,
     "attempts": int,
     "seconds": {"load": NUMBER, "search": NUMBER},

@@ -1,7 +1,7 @@
 """Scoring one configuration of a model, once, with nothing stored."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -12,17 +12,28 @@ from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError, TaskError
-from tale_ray.records import ModelInfo, Score, SplitName
+from tale_ray.records import ModelInfo, RowAnswer, Score, SplitName
+from tale_ray.results.held_out import baseline_answers, selected_result
+from tale_ray.results.statistics import PairedComparison, compare
 from tale_ray.results.summary import stored_history
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Keep, Scheduler, Scoring
-from tale_ray.store.documents import Manifest
 from tale_ray.store.reader import RunReader
+from tale_ray.store.tables import AnswerSheet
 from tale_ray.tasks.splits import digest_rows
 
-EvaluationEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | PoolEvent | Score
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a configuration scored, and how it compares with the full model of its run on the same rows."""
+
+    score: Score
+    comparison: PairedComparison | None  # None: not a result of a run, or the run has no answers on these rows
+
+
+EvaluationEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | PoolEvent | Evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +44,7 @@ class StoredIdentity:
     model: Mapping[str, str] = field(default_factory=dict)  # `digest` and `dtype`, those that have to be the same
     task: Mapping[str, Any] | None = None  # what can change a prediction or its score; None: may be another
     rows: Mapping[str, str] = field(default_factory=dict)  # digest by split, of those that have to be the same
+    baseline: Mapping[SplitName, AnswerSheet] = field(default_factory=dict)  # the full model's, if all of these are
 
     def check_task(self, prepared: PreparedRows) -> None:
         """Refuse another task or other rows.
@@ -74,23 +86,27 @@ class StoredIdentity:
             )
 
 
-def stored_identity(run: str, manifest: Manifest, options: Mapping[str, Any]) -> StoredIdentity:
+def stored_identity(reader: RunReader, options: Mapping[str, Any]) -> StoredIdentity:
     """Return what a run says of all that `options` (those given for this call) do not ask to be different."""
+    manifest = reader.manifest()
     parts = {"digest": ("model", "gguf", "revision"), "dtype": ("model", "dtype")}
     same_task = "task" not in options
     same_rows = not {"task", "rows", "shots", "splits", "seed"} & set(options)
+    model = {part: manifest.model[part] for part, names in parts.items() if not set(names) & set(options)}
+    is_same = same_rows and len(model) == len(parts)
     return StoredIdentity(
-        run=run,
-        model={part: manifest.model[part] for part, names in parts.items() if not set(names) & set(options)},
+        run=reader.uri,
+        model=model,
         task=manifest.task if same_task else None,
         rows={split: values["digest"] for split, values in manifest.rows.items()} if same_rows else {},
+        baseline=baseline_answers(reader) if is_same else {},
     )
 
 
 def run_evaluation(
     config: SearchConfig, expected: StoredIdentity, split: SplitName | None, interruption: Interruption
 ) -> Iterator[EvaluationEvent]:
-    """Score the model without `config.strategy.remove` on the rows of a split (None: of all); the score comes last.
+    """Score the model without `config.strategy.remove` on the rows of a split (None: of all). Ends with an Evaluation.
 
     Raises:
         UsageError: the request cannot be met, or model or rows are not the expected ones.
@@ -125,22 +141,44 @@ def run_evaluation(
             )
             executor.share(questions)
         pool = Pool(executor, interruption)
-        total = Score(correct=0, total=0, invalid=0)
+        answers: dict[SplitName, tuple[RowAnswer, ...]] = {}
         for name in chosen:
             scoring = Scoring("evaluation", name, config.strategy.remove, (None,), len(prepared.examples[name]))
             scheduler = Scheduler(
-                scoring, Pace(info.num_layers), workers=pool.workers, units_per_worker=pool.units_per_worker
+                scoring,
+                Pace(info.num_layers, questions.max_new_tokens),
+                workers=pool.workers,
+                units_per_worker=pool.units_per_worker,
             )
             for step in pool.run(scheduler):
                 if not isinstance(step, Keep):
                     yield step
-            score = scheduler.scores()[0]
-            total = Score(total.correct + score.correct, total.total + score.seen, total.invalid + score.invalid)
-        yield total
+            answers[name] = scheduler.answers(None)
+    yield _evaluation(prepared, answers, expected.baseline)
+
+
+def _evaluation(
+    prepared: PreparedRows,
+    answers: Mapping[SplitName, Sequence[RowAnswer]],
+    baseline: Mapping[SplitName, AnswerSheet],
+) -> Evaluation:
+    """Return what the answers come to, and how they compare with the full model's if all of those are there."""
+    found = [answer for split in answers for answer in answers[split]]
+    score = Score(
+        correct=sum(answer.correct for answer in found),
+        total=len(found),
+        invalid=sum(answer.prediction is None for answer in found),
+    )
+    for split in answers:
+        digests = tuple(example.digest for example in prepared.examples[split])
+        if split not in baseline or baseline[split].row_digests != digests:
+            return Evaluation(score, None)
+    others = [answer.correct for split in answers for answer in baseline[split].answers]
+    return Evaluation(score, compare([answer.correct for answer in found], others))
 
 
 def picked_removal(reader: RunReader, pick: str) -> tuple[int, ...]:
-    """Return the layers removed by a result of a run: `best`, `bsba`, `final`, or the number of a committed round.
+    """Return the layers removed by a result of a run: `best`, `bsba`, `final`, `selected`, or a committed round.
 
     Raises:
         ConfigError: the run has no such result.
@@ -150,9 +188,16 @@ def picked_removal(reader: RunReader, pick: str) -> tuple[int, ...]:
         raise ConfigError(f"{reader.uri} has no finished round yet: go on with `tale-ray resume {reader.uri}`")
     if pick in ("best", "bsba", "final"):
         return history.picks[pick].removed
+    if pick == "selected":
+        if (selected := selected_result(reader, history)) is None:
+            raise ConfigError(
+                f"{reader.uri} has no selected round: it has one when the search has ended and its rounds are scored "
+                "on select rows; go on with `tale-ray resume`, give the select split a share, or pick another result"
+            )
+        return tuple(selected["removed"])
     if pick.isdigit() and int(pick) < len(history.rounds):
         return history.rounds[int(pick)].removed
     raise ConfigError(
-        f"pick {pick!r} is not a result of {reader.uri}: choose best, bsba, final, or a round from 0 to "
+        f"pick {pick!r} is not a result of {reader.uri}: choose best, bsba, final, selected, or a round from 0 to "
         f"{len(history.rounds) - 1}"
     )

@@ -61,7 +61,8 @@ def _short(value: Any) -> str:
 
 def with_absolute_paths(config: SearchConfig) -> SearchConfig:
     """Return the configuration with existing folders and files made absolute, so that it means the same elsewhere."""
-    model, task, data_root = config.model.model, config.task.task, config.task.data_root
+    model, task = config.model.model, config.task.task
+    data_root, include_path = config.task.data_root, config.task.include_path
     return replace(
         config,
         model=replace(config.model, model=model if model == "bundled" else _absolute(model, Path.is_dir)),
@@ -69,6 +70,7 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
             config.task,
             task=_absolute(task, Path.is_file),
             data_root=None if data_root is None else _absolute(data_root, Path.is_dir),
+            include_path=None if include_path is None else _absolute(include_path, Path.is_dir),
         ),
     )
 

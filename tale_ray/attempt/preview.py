@@ -7,7 +7,7 @@ from tale_ray.config import ModelSection, TaskSection
 from tale_ray.errors import ConfigError
 from tale_ray.records import Example
 from tale_ray.results.tables import count_text
-from tale_ray.tasks.prompts import chat_notes, encode, prompt_text
+from tale_ray.tasks.prompts import chat_notes, encode, encode_example, prompt_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,13 @@ def preview_row(model: ModelSection, section: TaskSection, row: int) -> Preview:
         num_rows=len(examples),
         row=row,
         example=example,
-        text=prompt_text(tokenizer, example.messages, example.demonstrations)[0],
-        token_ids=encode(tokenizer, example.messages, example.demonstrations),
-        notes=(*prepared.notes, *chat_notes(tokenizer)),
+        text=prompt_text(tokenizer, example.messages, example.demonstrations)[0]
+        if example.prompt is None
+        else example.prompt,
+        token_ids=encode(tokenizer, example.messages, example.demonstrations)
+        if example.prompt is None
+        else encode_example(tokenizer, example).token_ids,
+        notes=(*prepared.notes, *(chat_notes(tokenizer) if example.prompt is None else ())),
     )
 
 

@@ -7,6 +7,8 @@ from tale_ray.config import TaskSection
 from tale_ray.errors import TaskError
 from tale_ray.records import Example, SplitName
 from tale_ray.tasks.data import Row, load_rows, load_shots
+from tale_ray.tasks.harness import PREFIX as HARNESS
+from tale_ray.tasks.harness import load_harness_task
 from tale_ray.tasks.prompts import render_rows
 from tale_ray.tasks.shots import (
     Group,
@@ -17,7 +19,7 @@ from tale_ray.tasks.shots import (
     question_of,
 )
 from tale_ray.tasks.spec import TaskSpec, load_task
-from tale_ray.tasks.splits import rank, split_rows
+from tale_ray.tasks.splits import rank, split_digests, split_rows
 
 SCORED_SPLITS: tuple[SplitName, ...] = ("search", "select", "test")
 
@@ -58,6 +60,8 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         TaskError: unknown task, bad task file, rows that cannot be read or rendered, no search rows, too few
             demonstrations, or ones that are scored.
     """
+    if section.task.startswith(HARNESS):
+        return _prepare_harness_rows(section)
     spec = load_task(section.task)
     rows = load_rows(spec, section.data_root)
     notes = []
@@ -72,19 +76,9 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
             notes.append(f"too few demonstrations{whose} ask different things: some are shown twice")
     else:
         positions = split_rows(rows, section.shares, section.seed)
-    if not positions["search"]:
-        raise TaskError(
-            f"the search split of task {spec.name} is empty: {len(rows)} rows times a share of "
-            f"{section.splits['search']} leave none; raise the share or give more rows"
-        )
+    notes += _check_splits(spec, section, positions, len(rows))
     if section.rows is not None:
-        if section.rows > len(positions["search"]):
-            notes.append(
-                f"{section.rows} search rows are asked for and the split has {len(positions['search'])}: all are used"
-            )
         positions["search"] = _in_turns(spec, rows, positions["search"])[: section.rows]
-    if not positions.get("test"):
-        notes.append("no rows are left to report on: accuracies on the search rows are optimistic, report no others")
     scored = {
         split: _with_demonstrations(spec, [rows[position] for position in positions[split]], shots)
         for split in SCORED_SPLITS
@@ -97,6 +91,38 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         notes=tuple(notes),
         shots=tuple(example for group in sorted(shots) if group in used for example in shots[group]),
     )
+
+
+def _prepare_harness_rows(section: TaskSection) -> PreparedRows:
+    """Return the rows of a task of lm-evaluation-harness, which renders them and chooses demonstrations itself."""
+    if section.shares.get("shots"):
+        raise TaskError(
+            f"splits: task {section.task} takes demonstrations from rows of its own choice; leave out the shots share"
+        )
+    spec, examples = load_harness_task(section.task, section.include_path, section.shots)
+    positions = split_digests([example.digest for example in examples], section.shares, section.seed)
+    notes = _check_splits(spec, section, positions, len(examples))
+    positions["search"] = positions["search"][: section.rows]
+    scored = {split: tuple(examples[at] for at in positions[split]) for split in SCORED_SPLITS if positions.get(split)}
+    return PreparedRows(spec=spec, examples=scored, notes=tuple(notes))
+
+
+def _check_splits(
+    spec: TaskSpec, section: TaskSection, positions: Mapping[SplitName, Sequence[int]], num_rows: int
+) -> list[str]:
+    """Refuse a search without rows, and return what a user should know of the splits."""
+    num_search = len(positions["search"])
+    if not num_search:
+        raise TaskError(
+            f"the search split of task {spec.name} is empty: {num_rows} rows times a share of "
+            f"{section.splits['search']} leave none; raise the share or give more rows"
+        )
+    notes = []
+    if section.rows is not None and section.rows > num_search:
+        notes.append(f"{section.rows} search rows are asked for and the split has {num_search}: all are used")
+    if not positions.get("test"):
+        notes.append("no rows are left to report on: accuracies on the search rows are optimistic, report no others")
+    return notes
 
 
 def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -> _Demonstrations:

@@ -7,6 +7,7 @@ folder before a model is loaded, the model before a row is scored.
 import contextlib
 import json
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ from tale_ray.config import SearchConfig
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StorageAway, StoreError
 from tale_ray.model.digest import digest_model, model_folder
 from tale_ray.records import ModelInfo, SplitName, StopReason
-from tale_ray.results.summary import held_out_result, stop_reason, stored_history
+from tale_ray.results.held_out import held_out_results, selected_result
+from tale_ray.results.statistics import recommend
+from tale_ray.results.summary import stop_reason, stored_history
 from tale_ray.search.driver import Driver, SearchEvent, why_zero
 from tale_ray.search.history import History
 from tale_ray.search.interruption import Interruption
@@ -155,9 +158,11 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             examples=prepared.examples,
             pool=Pool(executor, interruption),
             writer=writer,
+            recommend=recommend,
             loaded_at=loaded_at,
             similar={split: similar_ranks(rows) for split, rows in questions.rows.items()},
             exhaustive=config.strategy.exhaustive,
+            max_new_tokens=questions.max_new_tokens,
         )
         with _ending(writer, driver):
             yield from driver.run()
@@ -175,7 +180,8 @@ def _default_run(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
 
 def run_name(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
     """Return the name of a run: its task and the start of its digest."""
-    return f"{prepared.spec.name}-{identity_digest(identity)[:12]}"
+    task = re.sub(r"[^\w.-]", "-", prepared.spec.name)  # lm-eval:NAME is no name of a folder everywhere
+    return f"{task}-{identity_digest(identity)[:12]}"
 
 
 def _check_mode(reader: RunReader, config: SearchConfig, identity: Mapping[str, Any] | None) -> None:
@@ -206,8 +212,11 @@ def _nothing_left(reader: RunReader, config: SearchConfig, prepared: PreparedRow
     reader.check()
     history = stored_history(reader, reader.manifest())
     reason = stop_reason(history, config)
-    reported = held_out_result(reader, history) is not None or "test" not in prepared.examples
-    ended = reason is StopReason.BASELINE_ZERO or (reason is not None and reported)
+    reported = [
+        selected_result(reader, history) is not None or "select" not in prepared.examples,
+        held_out_results(reader, history) is not None or "test" not in prepared.examples,
+    ]
+    ended = reason is StopReason.BASELINE_ZERO or (reason is not None and all(reported))
     return history if ended else None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from tale_ray.records import Choice, PromptRow, RowAnswer
+from tale_ray.tasks.harness import judge_choices
+from tale_ray.tasks.spec import AnswerSpec
 
 Key: TypeAlias = int | tuple[int, int]  # a row, or one of its choices
 
@@ -44,15 +46,20 @@ def key_tokens(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
     return (*choice.context_ids, *choice.continuation_ids[:-1])
 
 
-def choose(choices: Sequence[Choice], log_likelihoods: Sequence[float], target: str, *, normalised: bool) -> RowAnswer:
-    """Return the most likely choice as an answer; the first of equals.
+def choose(answer: AnswerSpec, row: PromptRow, log_likelihoods: Sequence[float]) -> RowAnswer:
+    """Return the most likely choice of a row as an answer; the first of equals.
 
     As lm-evaluation-harness defines them: `acc` compares log-likelihoods, `acc_norm` (`normalised`) divides each by
-    the characters of its text first.
+    the characters of its text first. A task of its own is left to it.
+
+    Raises:
+        TaskError: a task of lm-evaluation-harness cannot judge the row.
     """
+    if answer.harness is not None:
+        return judge_choices(answer.harness, row.choices, log_likelihoods, row.target)
     values = [
-        value / max(1, choice.num_characters) if normalised else value
-        for choice, value in zip(choices, log_likelihoods, strict=True)
+        value / max(1, choice.num_characters) if answer.normalised else value
+        for choice, value in zip(row.choices, log_likelihoods, strict=True)
     ]
     best = values.index(max(values))
-    return RowAnswer(choices[best].text, str(best), str(best) == target, tuple(log_likelihoods))
+    return RowAnswer(row.choices[best].text, str(best), str(best) == row.target, tuple(log_likelihoods))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 
@@ -48,19 +49,28 @@ class Layout:
 
         Only those fewer than `window` positions away; None: all of them. Padding sees itself.
         """
-        length = self.num_slots
-        own_btt = torch.eye(length, dtype=torch.bool).repeat(self.num_lines, 1, 1)
-        for slots in self.slots:
-            line = slots[0] // length
-            at = torch.tensor(slots) - line * length
-            own_btt[line, at[:, None], at[None, :]] = torch.ones(len(slots), len(slots), dtype=torch.bool).tril()
+        own_btt = torch.from_numpy(self._sees_own())
         positions_bt = self.positions(prefix_tokens)
         if window is not None:
             own_btt &= positions_bt[:, :, None] - positions_bt[:, None, :] < window
-        before_btp = torch.ones(self.num_lines, length, prefix_tokens, dtype=torch.bool)
+        before_btp = torch.ones(self.num_lines, self.num_slots, prefix_tokens, dtype=torch.bool)
         if window is not None:
             before_btp &= positions_bt[:, :, None] - torch.arange(prefix_tokens) < window
         return torch.cat((before_btp, own_btt), dim=2)
+
+    def _sees_own(self) -> np.ndarray:
+        """Return which slot of its line each slot sees (lines, slots, slots): what its parent sees, and itself."""
+        lines, length = self.num_lines, self.num_slots
+        parents_bt = np.tile(np.arange(length), (lines, 1))  # a first token, or padding, is its own
+        for slots in self.slots:
+            for parent, child in pairwise(slots):
+                parents_bt[child // length, child % length] = parent % length
+        sees_btt = np.zeros((lines, length, length), dtype=bool)
+        every = np.arange(lines)
+        for slot in range(length):  # parents come before their children
+            sees_btt[:, slot] = sees_btt[every, parents_bt[:, slot]]
+            sees_btt[:, slot, slot] = True
+        return sees_btt
 
 
 def lay_lines(rows: Sequence[Sequence[int]]) -> Layout:

@@ -11,6 +11,8 @@ from tale_ray.engine.streams import Node
 # Called with layer, nodes, and the keys and values (nodes x rows, heads, tokens, size) of the rows' own tokens.
 Record: TypeAlias = Callable[[int, tuple[Node, ...], torch.Tensor, torch.Tensor], None]
 
+Place: TypeAlias = tuple[int, Node]  # a layer, and the node below it
+
 _Slices = list[tuple[torch.Tensor, int]]  # (stacked along axis 0, position)
 
 
@@ -31,11 +33,15 @@ class PrefixStates:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self._found: dict[tuple[int, Node], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._found: dict[Place, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._stacked: dict[tuple[int, tuple[Node, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._used: frozenset[Place] = frozenset()
 
-    def __contains__(self, place: tuple[int, Node]) -> bool:
+    def __contains__(self, place: Place) -> bool:
         return place in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def add(self, layer: int, nodes: Sequence[Node], keys_nkph: torch.Tensor, values_nkph: torch.Tensor) -> None:
         """Remember what a layer computed for some nodes."""
@@ -51,11 +57,24 @@ class PrefixStates:
             self._stacked[layer, nodes] = (keys, values)
         return self._stacked[layer, nodes]
 
-    def keep(self, places: Collection[tuple[int, Node]]) -> None:
-        """Forget all other (layer, node) places."""
-        if self._found.keys() - places:
-            self._stacked.clear()
+    def use(self, places: Collection[Place], removed: Collection[int], most_places: int) -> None:
+        """Get ready for a sweep that reads some places; forget what no sweep of the round can read.
+
+        A round's sweeps go without the removed layers and at most one more. Beyond `most_places` only those of this
+        sweep are kept.
+        """
+        if self._used != frozenset(places):
+            self._stacked.clear()  # copies, of other nodes
+            self._used = frozenset(places)
+        self._found = {place: found for place, found in self._found.items() if _may_follow(*place, removed)}
+        if len(self._found.keys() | places) > most_places:
             self._found = {place: found for place, found in self._found.items() if place in places}
+
+
+def _may_follow(layer: int, node: Node, removed: Collection[int]) -> bool:
+    """Return whether a node below a layer lacks the removed layers there and at most one more."""
+    below = {each for each in removed if each < layer}
+    return below <= set(node) and len(node) <= len(below) + 1
 
 
 class OneLengthCache(Cache):  # type: ignore[misc]  # transformers has no types

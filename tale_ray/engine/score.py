@@ -25,7 +25,7 @@ from tale_ray.engine.view import Ending, end_tokens, view_log_likelihoods, view_
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
-from tale_ray.tasks.answers import cut_reply, is_correct, is_settled, parse_answer
+from tale_ray.tasks.answers import cut_reply, is_settled, read_reply
 from tale_ray.tasks.spec import AnswerSpec
 
 logger = logging.getLogger("tale_ray.engine")
@@ -122,23 +122,15 @@ class Scorer:
         return UnitResult(unit, answers, layer_applications, time.monotonic() - started, worker)
 
     def _answer(self, answer: AnswerSpec, found: _Scored, rows: Sequence[PromptRow], row: int) -> RowAnswer:
-        choices = rows[row].choices
-        if not choices:
+        if not rows[row].choices:
             return self._read(answer, found.tokens[row], rows[row].target)
-        return choose(
-            choices,
-            [found.log_likelihoods[row, at] for at in range(len(choices))],
-            rows[row].target,
-            normalised=answer.normalised,
-        )
+        return choose(answer, rows[row], [found.log_likelihoods[row, at] for at in range(len(rows[row].choices))])
 
     def _read(self, answer: AnswerSpec, tokens: Sequence[int], target: str) -> RowAnswer:
         """Return what new tokens answer; most replies of one token have been read before."""
         key = (answer, tuple(tokens), target)
         if (known := self._answers.get(key)) is None:
-            reply = cut_reply(answer, self._text(tokens))
-            prediction = parse_answer(answer, reply)
-            known = RowAnswer(reply, prediction, is_correct(answer, prediction, target))
+            known = read_reply(answer, cut_reply(answer, self._text(tokens)), target)
             if len(self._answers) < _MOST_ANSWERS:
                 self._answers[key] = known
         return known
@@ -272,8 +264,10 @@ class Scorer:
         lengths = [len(suffix) for suffix in suffixes]
         for candidates, steps in blocks:
             finals = [final_node(unit.removed, layer) for layer in candidates]
-            held = self._cost.prefix_bytes(len(prefix), applications(steps)) + self._memory.limit
-            states = self._prefix_states(sweep, prefix, steps, is_only=len(blocks) == 1) if prefix else None
+            states = (
+                self._prefix_states(sweep, unit.removed, prefix, steps, is_only=len(blocks) == 1) if prefix else None
+            )
+            held = self._cost.prefix_bytes(len(prefix), 0 if states is None else len(states)) + self._memory.limit
             room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), self.budget.total - held)
             if decoder is None:
                 for batch, layout in self._layouts(suffixes, room):
@@ -365,17 +359,21 @@ class Scorer:
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
     def _prefix_states(
-        self, sweep: Sweep, prefix: tuple[int, ...], steps: Sequence[Step], *, is_only: bool
+        self, sweep: Sweep, removed: Sequence[int], prefix: tuple[int, ...], steps: Sequence[Step], *, is_only: bool
     ) -> PrefixStates:
-        """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept."""
+        """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept.
+
+        Those of a round's other candidates, too, where half of what the budget has left holds them.
+        """
         places = {(layer, node) for layer, step in enumerate(steps) for node in step.runs}
         states = self._prefixes.get(prefix)
+        needed = self._cost.prefix_bytes(len(prefix), len(places))
         if states is None:
-            held = self._cost.prefix_bytes(len(prefix), applications(steps))
-            if held * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
+            if needed * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
                 self._prefixes.clear()
             states = self._prefixes[prefix] = PrefixStates(len(prefix))
-        states.keep(places)
+        spare = (self.budget.total // 2 - self._memory.limit) // len(self._prefixes) if is_only else 0
+        states.use(places, removed, max(len(places), spare // self._cost.prefix_bytes(len(prefix), 1)))
         if missing := {place for place in places if place not in states}:
             layout = lay_lines([prefix])
             portions = Room(self._cost, self.budget, 0, most_nodes(steps), self.budget.total).portions(layout)

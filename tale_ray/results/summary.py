@@ -1,20 +1,21 @@
 """What a run folder says of itself: the fields of `tale-ray show --json`, read from storage alone."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tale_ray.config import SearchConfig
 from tale_ray.records import CandidateScore, Round, Score, SplitName, StopReason, Work
+from tale_ray.results.held_out import compared_results, held_out_results, optimism_by_result, selected_result
 from tale_ray.search.history import History
 from tale_ray.search.strategy import make_strategy
-from tale_ray.store.documents import Manifest, check_fields
+from tale_ray.store.documents import Manifest
 from tale_ray.store.lease import holder_state
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import StoredRound
 
+_PICK = ("round", "removed", "correct", "total")
 SHOWN_SPLITS: tuple[SplitName, ...] = ("shots", "search", "select", "test")
-_HELD_OUT = {"round": int, "removed": list[int], "correct": int, "total": int, "invalid": int}
 
 
 def stored_history(reader: RunReader, manifest: Manifest) -> History:
@@ -28,23 +29,6 @@ def _history(rounds: Sequence[StoredRound], manifest: Manifest) -> History:
         num_layers=manifest.model["num_layers"],
         start=SearchConfig.from_json(manifest.config).strategy.remove,
     )
-
-
-def held_out_result(reader: RunReader, history: History) -> dict[str, Any] | None:
-    """Return the scores on test rows, or None if the results of the search are not those that were scored.
-
-    Raises:
-        StoreError: they cannot be read, or were changed.
-    """
-    found = reader.result("test")
-    if found is None or not history.rounds:
-        return None
-    place = (f"{reader.uri}/results/test.json", "delete it: the test rows are scored again")
-    check_fields(found, dict.fromkeys(found, Mapping[str, Any]), *place)
-    for entry in found.values():
-        check_fields(entry, _HELD_OUT, *place)
-    scored = {name: (entry["round"], tuple(entry["removed"])) for name, entry in found.items() if name in history.picks}
-    return found if scored == {name: (e.number, e.removed) for name, e in history.picks.items()} else None
 
 
 def stop_reason(history: History, config: SearchConfig) -> StopReason | None:
@@ -80,6 +64,7 @@ def summarize(reader: RunReader) -> dict[str, Any]:
         state = "failed" if failed or reason is StopReason.BASELINE_ZERO else "interrupted"
     if reason is None and not is_held:
         reason = StopReason.ERROR if failed else StopReason.INTERRUPTED
+    selected, results = selected_result(reader, history), held_out_results(reader, history)
     work = sum((stored.work for stored in rounds), _partial_work(reader, history))
     return {
         **_skeleton(reader.uri),
@@ -93,7 +78,9 @@ def summarize(reader: RunReader) -> dict[str, Any]:
         "rounds": [_round(entry) for entry in history.rounds[1:]],
         "rejected_round": _round(history.rejected) if history.rejected else None,
         **({name: _pick(getattr(history, name)) for name in ("best", "bsba", "final")} if history.rounds else {}),
-        "test": held_out_result(reader, history),
+        "selected": None if selected is None else {name: selected[name] for name in _PICK},
+        "test": None if results is None else compared_results(reader, results),
+        "optimism": None if results is None else optimism_by_result(history, results),
         "stop_reason": None if reason is None else str(reason),
         "attempts": len(attempts),
         "seconds": {

@@ -9,10 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tale_ray.records import Score
+from tale_ray.results.held_out import comparison_json
+from tale_ray.results.statistics import PairedComparison, wilson_interval
 
+RESULTS = ("baseline", "best", "bsba", "final", "selected")
 _NEXT_STEPS = {
     "running": "look again with: tale-ray show {run}",
-    "finished": "score a result on other rows with: tale-ray evaluate --run {run} --pick best --split select",
+    "finished": "score a result on other rows with: tale-ray evaluate --run {run} --pick {pick} --split all",
     "interrupted": "go on with: tale-ray resume {run}",
     "failed": "see the error in {run}/attempts, then go on with: tale-ray resume {run}",
 }
@@ -29,6 +32,8 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [facts]
     if summary["baseline"]:
         parts += [_rounds(summary), _results(summary)]
+    if summary["test"]:
+        parts.append(_comparisons(summary))
     seconds, work = summary["seconds"], summary["work"]
     parts.append(
         Text(
@@ -48,7 +53,9 @@ def _next_step(summary: Mapping[str, Any]) -> str:
         return "the full model answers no search row correctly: look at the task with `tale-ray tasks show`"
     if summary["state"] == "finished" and summary["rows"]["test"] and summary["test"] is None:
         return f"the test rows are not scored yet: tale-ray resume {run}"
-    return _NEXT_STEPS[summary["state"]].format(run=run)
+    if summary["state"] == "finished" and summary["rows"]["select"] and summary["selected"] is None:
+        return f"the select rows are not scored yet: tale-ray resume {run}"
+    return _NEXT_STEPS[summary["state"]].format(run=run, pick="selected" if summary["selected"] else "best")
 
 
 def _rounds(summary: Mapping[str, Any]) -> Table:
@@ -78,24 +85,52 @@ def _results(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("round", justify="right")
     table.add_column("layers removed")
-    table.add_column("search rows", justify="right")
-    table.add_column("test rows", justify="right")
+    for split in ("search", "select", "test"):
+        table.add_column(f"{split} rows", justify="right")
     test = summary["test"] or {}
-    baseline = {**summary["baseline"], "round": 0, "removed": []}
-    for name, entry in (("baseline", baseline), *((name, summary[name]) for name in ("best", "bsba", "final"))):
-        table.add_row(
-            name,
-            str(entry["round"]),
-            layers_text(entry["removed"]),
-            accuracy_text(entry),
-            accuracy_text(test[name]) if name in test else "-",
-        )
+    searched = [{**summary["baseline"], "round": 0, "removed": []}, *summary["rounds"]]  # by number
+    for name in RESULTS:
+        entry = searched[0] if name == "baseline" else summary[name]
+        if entry is not None:
+            table.add_row(
+                name,
+                str(entry["round"]),
+                layers_text(entry["removed"]),
+                accuracy_text(searched[entry["round"]]),
+                accuracy_text(entry) if name == "selected" else "-",
+                accuracy_text(test[name]) if name in test else "-",
+            )
     return table
 
 
-def count_text(number: int, noun: str) -> str:
+def _comparisons(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="on the test rows, with 95% intervals, against the full model")
+    table.add_column("")
+    for name in ("accuracy", "difference", "wins", "losses", "p", "p (Holm)", "optimism"):
+        table.add_column(name, justify="right")
+    for name in RESULTS:
+        if (entry := summary["test"].get(name)) is None:
+            continue
+        accuracy = f"{percent(entry['correct'] / entry['total'])} {interval_text(entry['interval'])}"
+        if name == "baseline" or entry["p_value"] is None:
+            table.add_row(name, accuracy, *["-"] * 6)
+        else:
+            table.add_row(
+                name,
+                accuracy,
+                difference_text(entry),
+                str(entry["wins"]),
+                str(entry["losses"]),
+                p_text(entry["p_value"]),
+                p_text(entry["p_value_holm"]),
+                points(summary["optimism"][name]),
+            )
+    return table
+
+
+def count_text(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number of things as a person reads it: `1 attempt`, `2 attempts`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
 
 
 def layers_text(layers: Sequence[int]) -> str:
@@ -105,15 +140,44 @@ def layers_text(layers: Sequence[int]) -> str:
 
 def accuracy_text(score: Mapping[str, int]) -> str:
     """Return a score as a person reads it: `152/200 = 76.0%`."""
-    return f"{score['correct']}/{score['total']} = {100 * score['correct'] / score['total']:.1f}%"
+    return f"{score['correct']}/{score['total']} = {percent(score['correct'] / score['total'])}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a person reads it: `76.0%`."""
+    return f"{100 * share:.1f}%"
+
+
+def points(difference: float) -> str:
+    """Return a difference of shares in points, with its sign: `+1.3`."""
+    return f"{100 * difference:+.1f}"
+
+
+def interval_text(interval: Sequence[float]) -> str:
+    """Return an interval of shares in percent: `[70.1, 81.2]`."""
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def difference_text(comparison: Mapping[str, Any]) -> str:
+    """Return a difference and its interval in points: `-1.9 [-4.7, +0.8]`."""
+    low, high = comparison["difference_interval"]
+    return f"{points(comparison['difference'])} [{points(low)}, {points(high)}]"
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value as a person reads it: `0.021`, `<0.001`."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _counts(score: Mapping[str, int]) -> tuple[str, str]:
-    return f"{score['correct']}/{score['total']}", f"{100 * score['correct'] / score['total']:.1f}%"
+    return f"{score['correct']}/{score['total']}", percent(score["correct"] / score["total"])
 
 
-def score_json(score: Score, removed: Sequence[int], split: str) -> dict[str, Any]:
-    """Return the score of one configuration as JSON values."""
+def evaluation_json(
+    score: Score, comparison: PairedComparison | None, removed: Sequence[int], split: str
+) -> dict[str, Any]:
+    """Return the score of one configuration, and how it compares with the full model of its run, as JSON values."""
+    interval = wilson_interval(score.correct, score.total)
     return {
         "split": split,
         "removed": list(removed),
@@ -121,7 +185,24 @@ def score_json(score: Score, removed: Sequence[int], split: str) -> dict[str, An
         "total": score.total,
         "invalid": score.invalid,
         "accuracy": score.accuracy,
+        "interval": [interval.low, interval.high],
+        **comparison_json(comparison),
     }
+
+
+def evaluation_text(values: Mapping[str, Any]) -> str:
+    """Return what `evaluation_json` returned, as a person reads it."""
+    lines = [
+        f"{values['split']} rows, layers removed: {layers_text(values['removed'])}: {accuracy_text(values)} "
+        f"{interval_text(values['interval'])}, {values['invalid']} without a readable answer"
+    ]
+    if values["p_value"] is not None:
+        lines.append(
+            f"against the full model of the run on the same rows: {difference_text(values)} points, "
+            f"{count_text(values['wins'], 'win')}, {count_text(values['losses'], 'loss', 'losses')}, "
+            f"p = {p_text(values['p_value'])}"
+        )
+    return "\n".join(lines)
 
 
 def output_console() -> Console:

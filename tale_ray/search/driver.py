@@ -6,10 +6,10 @@ going on after a kill is the same loop with another history.
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tale_ray.errors import BaselineZero
 from tale_ray.records import CandidateScore, Example, Round, Score, SplitName, StopReason, Work
@@ -53,6 +53,14 @@ class SearchEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundSelected:
+    """The select rows recommend a round; `score` is its score on them."""
+
+    round: Round
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOutScored:
     """A result of the search was scored on the test rows."""
 
@@ -60,17 +68,15 @@ class HeldOutScored:
     score: Score
 
 
-SearchEvent: TypeAlias = ScoringStarted | PoolEvent | RoundFinished | SearchEnded | HeldOutScored
+SearchEvent: TypeAlias = ScoringStarted | PoolEvent | RoundFinished | SearchEnded | RoundSelected | HeldOutScored
+Recommend: TypeAlias = Callable[
+    [Sequence[Score]], int
+]  # from the scores of all rounds on the select rows: which to use
 
 
-def held_out_scope(number: int) -> str:
-    """Return the scope of the test rows scored without the layers of a round."""
-    return f"test-{number:04d}"
-
-
-def picked_rounds(history: History) -> dict[int, Round]:
-    """Return the distinct rounds among the results of a search, by number."""
-    return {entry.number: entry for entry in sorted(history.picks.values(), key=lambda entry: entry.number)}
+def held_out_scope(split: SplitName, number: int) -> str:
+    """Return the scope of the select or test rows scored without the layers of a round."""
+    return f"{split}-{number:04d}"
 
 
 def why_zero(score: Score) -> str:
@@ -95,9 +101,11 @@ class Driver:
         examples: Mapping[SplitName, Sequence[Example]],
         pool: Pool,
         writer: RunWriter,
+        recommend: Recommend,
         loaded_at: float,
         similar: Mapping[SplitName, Sequence[int]] = MappingProxyType({}),
         exhaustive: bool = False,
+        max_new_tokens: int = 1,
     ) -> None:
         self.history = history
         self._strategy = strategy
@@ -105,16 +113,19 @@ class Driver:
         self._digests = {split: [example.digest for example in rows] for split, rows in examples.items()}
         self._pool = pool
         self._writer = writer
+        self._recommend = recommend
         self._loaded_at = loaded_at  # time.monotonic() when the first worker had loaded the model
         self._exhaustive = exhaustive
         self._similar = similar
-        self._pace = Pace(history.num_layers)
+        self._pace = Pace(history.num_layers, max_new_tokens)
         self._homes: dict[SplitName, Mapping[int, str]] = {}
+        self._sheets: dict[int, AnswerSheet | None] = {}  # read once, by round
+        self._digest_by_round: dict[int, str] = {}
         self.retries = 0
         self.wasted_rows = 0
 
     def run(self) -> Iterator[SearchEvent]:
-        """Go on to the end of the search, then score its results on the test rows.
+        """Go on to the end of the search, then score its rounds on the select rows and its results on the test rows.
 
         Raises:
             Interrupted: asked to stop, lease lost, or storage away; what is finished is stored.
@@ -129,7 +140,8 @@ class Driver:
         yield SearchEnded(candidates, self.history)
         if candidates is StopReason.BASELINE_ZERO:
             raise BaselineZero(why_zero(self.history.baseline))
-        yield from self._test()
+        selected = yield from self._select()
+        yield from self._test(self.history.picks | ({} if selected is None else {"selected": selected}))
 
     # Rounds.
 
@@ -157,7 +169,7 @@ class Driver:
         if (floor := self._strategy.race_floor(self.history)) is None:
             return None
         latest = self.history.rounds[-1]
-        sheet = self._writer.reader.answers(round_scope(latest.number))
+        sheet = self._answers_of(latest.number)
         num_rows = len(self._examples["search"])
         right = tuple(answer.correct for answer in sheet.answers) if sheet else (True,) * num_rows
         known = [each for each in latest.candidates if each.layer is not None and each.layer in candidates]
@@ -175,7 +187,7 @@ class Driver:
         Those that all get wrong tell nothing apart, but they use up what a candidate may miss, so that the first row
         that only a bad one misses puts it out.
         """
-        sheets = [self._writer.reader.answers(round_scope(entry.number)) for entry in self.history.rounds]
+        sheets = [self._answers_of(entry.number) for entry in self.history.rounds]
         num_rows = len(self._examples["search"])
         seen, missed = [0] * num_rows, [0] * num_rows
         for sheet in sheets:
@@ -187,6 +199,12 @@ class Driver:
                 missed[row] += wrong
         steps = [round(DIFFICULTY_STEPS * wrong / max(1, count)) for wrong, count in zip(missed, seen, strict=True)]
         return tuple(sorted(self._order_of("search"), key=lambda row: -steps[row]))
+
+    def _answers_of(self, number: int) -> AnswerSheet | None:
+        """Return the answers of a committed round on the search rows; None if they are not stored."""
+        if number not in self._sheets:
+            self._sheets[number] = self._writer.reader.answers(round_scope(number))
+        return self._sheets[number]
 
     def _decide(self, number: int, removed: tuple[int, ...], scores: tuple[CandidateScore, ...]) -> Round:
         if number == 0:
@@ -205,50 +223,60 @@ class Driver:
 
     def _store_round(self, finished: Round, work: Work, scheduler: Scheduler) -> None:
         """Store the round; its units are kept only if it is rejected, for a later attempt with a larger epsilon."""
-        stored = self._writer.reader.rounds()
-        parent = stored[finished.number - 1].digest if finished.number else ""
+        if finished.number and finished.number - 1 not in self._digest_by_round:
+            stored = self._writer.reader.rounds()
+            self._digest_by_round = {item.round.number: item.digest for item in stored}
+        parent = self._digest_by_round[finished.number - 1] if finished.number else ""
         if finished.committed:
-            self._writer.write_answers(self._sheet(scheduler, finished.removed_layer, scheduler.misses()))
-        self._writer.write_round(finished, work, parent)
+            sheet = self._sheet(scheduler, finished.removed_layer, scheduler.misses())
+            self._writer.write_answers(sheet)
+            self._sheets[finished.number] = sheet
+        self._digest_by_round[finished.number] = self._writer.write_round(finished, work, parent).digest
         if finished.committed:
             self._writer.drop_partials(scheduler.scoring.scope)
         self._record_attempt(search_seconds=time.monotonic() - self._loaded_at)
 
-    # Test rows.
+    # Rows that the search has not seen.
 
-    def _test(self) -> Iterator[SearchEvent]:
-        """Score each result on the test rows, unless an earlier attempt did, and store all scores together."""
-        rows = self._examples.get("test", ())
-        if not rows:
+    def _select(self) -> Generator[SearchEvent, None, Round | None]:
+        """Score every round on the select rows, store which of them is recommended, and return it."""
+        if not self._examples.get("select"):
+            return None
+        scores = []
+        for entry in self.history.rounds:
+            scores.append((yield from self._held_out("select", entry)))
+        selected = self._recommend(scores)
+        chosen = self.history.rounds[selected]
+        yield RoundSelected(chosen, scores[selected])
+        by_round = [_result(entry, score) for entry, score in zip(self.history.rounds, scores, strict=True)]
+        self._writer.write_result("selected", {**by_round[selected], "rounds": by_round})
+        return chosen
+
+    def _test(self, picks: Mapping[str, Round]) -> Iterator[SearchEvent]:
+        """Score the results of the search on the test rows, and store all scores together."""
+        if not self._examples.get("test"):
             return
         scores: dict[int, Score] = {}
-        for number, entry in picked_rounds(self.history).items():
-            sheet = self._writer.reader.answers(held_out_scope(number))
-            if sheet is None:
-                scoring = Scoring(
-                    held_out_scope(number), "test", entry.removed, (None,), len(rows), row_order=self._order_of("test")
-                )
-                scheduler = yield from self._score(scoring)
-                sheet = self._sheet(scheduler, None)
-                self._writer.write_answers(sheet)
-                self._writer.drop_partials(scoring.scope)
-                self._record_attempt()
-            scores[number] = _score(sheet)
-        for name, entry in self.history.picks.items():
+        for entry in sorted(picks.values(), key=lambda entry: entry.number):
+            if entry.number not in scores:
+                scores[entry.number] = yield from self._held_out("test", entry)
+        for name, entry in picks.items():
             yield HeldOutScored(name, scores[entry.number])
-        self._writer.write_result(
-            "test",
-            {
-                name: {
-                    "round": entry.number,
-                    "removed": list(entry.removed),
-                    "correct": scores[entry.number].correct,
-                    "total": scores[entry.number].total,
-                    "invalid": scores[entry.number].invalid,
-                }
-                for name, entry in self.history.picks.items()
-            },
-        )
+        self._writer.write_result("test", {name: _result(entry, scores[entry.number]) for name, entry in picks.items()})
+
+    def _held_out(self, split: SplitName, entry: Round) -> Generator[SearchEvent, None, Score]:
+        """Score a round on the rows of a split and store the answers, unless an earlier attempt did."""
+        scope = held_out_scope(split, entry.number)
+        sheet = self._writer.reader.answers(scope)
+        if sheet is None:
+            num_rows = len(self._examples[split])
+            scoring = Scoring(scope, split, entry.removed, (None,), num_rows, row_order=self._order_of(split))
+            scheduler = yield from self._score(scoring)
+            sheet = self._sheet(scheduler, None)
+            self._writer.write_answers(sheet)
+            self._writer.drop_partials(scope)
+            self._record_attempt()
+        return sheet.score
 
     # Scoring.
 
@@ -288,9 +316,5 @@ class Driver:
         self._writer.update_attempt(retries=self.retries, wasted_rows=self.wasted_rows, **changes)
 
 
-def _score(sheet: AnswerSheet) -> Score:
-    return Score(
-        correct=sum(answer.correct for answer in sheet.answers),
-        total=len(sheet.answers),
-        invalid=sum(answer.prediction is None for answer in sheet.answers),
-    )
+def _result(entry: Round, score: Score) -> dict[str, Any]:
+    return {"round": entry.number, "removed": list(entry.removed), **asdict(score)}

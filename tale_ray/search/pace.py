@@ -8,13 +8,17 @@ from typing import Protocol
 from tale_ray.records import UnitResult
 
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
+STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
 LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
 RACE_UNITS = 3  # and where candidates may be out soon
 MOST_UNITS = 8  # that a worker would need for a whole scoring
 FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
+RACE_SHARE = 12  # and what is left of a race: its units cost some of those, and have saved a third at most
 FIRST_ROWS = 8  # of a unit before anything is known of the speed
+FIRST_REPLIES = 32  # the same, where many tokens are decoded
 LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
+LEAST_REST = 0.5  # of a unit's rows: fewer that would be left over are taken as well
 FADING = 0.8  # of what was learned, with every unit
 
 
@@ -83,8 +87,10 @@ class Pace:
     a line through the latest units, by least squares.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, max_new_tokens: int = 1) -> None:
         self.num_layers = num_layers
+        self._decodes = max_new_tokens > 1
+        self._most_seconds = UNIT_SECONDS * (1 + (max_new_tokens - 1) / STEPS)
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, y, x x and x y; x applications, y seconds; older ones fade
 
     @property
@@ -94,7 +100,8 @@ class Pace:
         if not x:
             return None
         mean, spread = y / x, count * xx - x * x
-        slope = (count * xy - x * y) / spread if spread > 1e-3 * x * x else mean
+        unknown = LEAST_SLOPE * mean if self._decodes else mean  # of units of one size
+        slope = (count * xy - x * y) / spread if spread > 1e-3 * x * x else unknown
         slope = min(max(slope, LEAST_SLOPE * mean), mean)  # units at the start are slow for reasons of their own
         return (y - slope * x) / count, slope
 
@@ -102,15 +109,20 @@ class Pace:
         """Return how large the next unit is: whole rows while there are enough of them for all workers."""
         workers = max(1, left.workers)
         if self.speed is None:
+            if self._decodes:
+                return UnitShape(min(FIRST_REPLIES, math.ceil(left.rows / workers)), len(candidates))
             return UnitShape(max(1, min(FIRST_ROWS, math.ceil(left.rows / (2 * workers)))), len(candidates))
         fixed, application = self.speed
         row = application * row_applications(self.num_layers, removed, candidates)
         whole = application * row_applications(self.num_layers, removed, left.all_candidates)
         units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
         wanted = max(row * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
-        seconds = max(min(max(wanted, LEAST_UNIT_SECONDS), UNIT_SECONDS), FIXED_SHARE * fixed)
-        rows = max(1, min(int((seconds - fixed) / row), math.ceil(left.rows / workers)))
-        shares = max(row / (2 * UNIT_SECONDS), workers / left.rows if row > LEAST_UNIT_SECONDS else 1)
+        seconds = max(min(max(wanted, LEAST_UNIT_SECONDS), self._most_seconds), FIXED_SHARE * fixed)
+        share = math.ceil(left.rows / workers)  # of a worker
+        rows = max(1, min(int((seconds - fixed) / row), share))
+        if self._decodes and share - rows < LEAST_REST * rows:
+            rows = share
+        shares = max(row / (2 * self._most_seconds), workers / left.rows if row > LEAST_UNIT_SECONDS else 1)
         return UnitShape(rows, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
 
     def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
@@ -119,7 +131,7 @@ class Pace:
             return True
         fixed, application = self.speed
         left = application * row_applications(self.num_layers, removed, candidates) * rows
-        return left > max(2 * LEAST_UNIT_SECONDS, FIXED_SHARE * fixed)
+        return left > max(2 * LEAST_UNIT_SECONDS, RACE_SHARE * fixed)
 
     def note(self, result: UnitResult) -> None:
         """Learn the speed from a unit."""

@@ -23,6 +23,7 @@ Document = TypeVar("Document")
 SCHEMA_VERSION = 1
 MANIFEST = "run.json"
 LEASE = "lease.json"
+STUDY = "study.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a scope or a result
 
 
@@ -39,6 +40,15 @@ class Manifest:
     rows: Mapping[str, Mapping[str, JSON]]  # by split: {"count", "digest"}
     tokens: Mapping[str, str]  # by split: digest of the token sequences
     versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyManifest:
+    """What a study is: the same search with several seeds."""
+
+    seeds: list[int]
+    created: str  # ISO 8601, UTC
+    config: Mapping[str, JSON]  # SearchConfig.to_json() of the first seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +131,7 @@ def check_version(version: int, path: str) -> None:
 
 def _load(kind: type[Document], data: bytes, path: str, remedy: str) -> Document:
     content = parse_json(data, path, remedy)
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # dataclasses, all three
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # dataclasses, all of them
     required = {name for name, item in known.items() if item.default is item.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
         raise StoreError(f"{path} was changed: {', '.join(missing)} is missing in it; {remedy}")
@@ -159,6 +169,23 @@ def load_manifest(data: bytes, path: str) -> Manifest:
     except ConfigError as error:
         raise StoreError(f"{path} was changed: config: {error}; {remedy}") from error
     return manifest
+
+
+def load_study(data: bytes, path: str) -> StudyManifest:
+    """Return what a study is, from its file.
+
+    Raises:
+        StoreError: truncated, changed, not ours, or written by a newer version.
+    """
+    remedy = "delete it and search with --seeds again: its runs go on from their own files"
+    study = _load(StudyManifest, data, path, remedy)
+    if not study.seeds:
+        raise StoreError(f"{path} was changed: it names no seeds, and a study has one at least; {remedy}")
+    try:
+        SearchConfig.from_json(study.config)
+    except ConfigError as error:
+        raise StoreError(f"{path} was changed: config: {error}; {remedy}") from error
+    return study
 
 
 def load_attempt(data: bytes, path: str) -> AttemptRecord:

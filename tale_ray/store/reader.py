@@ -9,6 +9,7 @@ from tale_ray.store.documents import (
     JSON,
     LEASE,
     MANIFEST,
+    STUDY,
     AttemptRecord,
     Lease,
     Manifest,
@@ -61,6 +62,10 @@ class RunReader:
         """
         data = self._files.read(MANIFEST)
         if data is None:
+            if any(entry.name == STUDY for entry in self._files.list()):
+                raise StoreError(
+                    f"{self._files.shown!r} is a study, not a run: name one of its runs, the folders seed-... in it"
+                )
             raise StoreError(
                 f"{self._files.shown!r} is not a run: {MANIFEST} is missing there; check the path, or start a search"
             )

@@ -77,6 +77,15 @@ class AnswerSheet:
     answers: tuple[RowAnswer, ...]
     candidates: tuple[tuple[int, int], ...] = ()  # by row: how many were scored on it, and got it wrong; or empty
 
+    @property
+    def score(self) -> Score:
+        """How many of the rows were answered correctly."""
+        return Score(
+            correct=sum(answer.correct for answer in self.answers),
+            total=len(self.answers),
+            invalid=sum(answer.prediction is None for answer in self.answers),
+        )
+
 
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of a value."""

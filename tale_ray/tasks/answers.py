@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 from tale_ray.errors import TaskError
+from tale_ray.records import RowAnswer
+from tale_ray.tasks.harness import judge_reply
 from tale_ray.tasks.spec import AnswerSpec
 
 _LETTER_OR_DIGIT: Final = r"[^\W_]"
@@ -45,8 +47,20 @@ def parse_answer(answer: AnswerSpec, reply: str) -> str | None:
             return _parse_regex(answer.pattern or "", reply)
         case "math":
             return _parse_math(reply)
-        case "likelihood":
-            raise ValueError("choices are compared by their likelihoods: there is no reply to read")
+        case "likelihood" | "harness":
+            raise ValueError(f"answers of type {answer.type} are not read from a reply here")
+
+
+def read_reply(answer: AnswerSpec, reply: str, target: str) -> RowAnswer:
+    """Return what a reply answers, and whether that is right.
+
+    Raises:
+        TaskError: a task of lm-evaluation-harness cannot judge it.
+    """
+    if answer.harness is not None:
+        return judge_reply(answer.harness, reply, target)
+    prediction = parse_answer(answer, reply)
+    return RowAnswer(reply, prediction, is_correct(answer, prediction, target))
 
 
 def cut_reply(answer: AnswerSpec, text: str) -> str:
@@ -107,6 +121,8 @@ def is_correct(answer: AnswerSpec, prediction: str | None, target: str) -> bool:
             return expected is not None and Decimal(prediction) == Decimal(expected)
         case "math":
             return _math_equal(prediction, target)
+        case "harness":
+            raise ValueError("tasks of lm-evaluation-harness judge replies themselves")
 
 
 def parse_target(answer: AnswerSpec, target: str) -> str:

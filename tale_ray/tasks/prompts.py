@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from jinja2 import TemplateError
 
 from tale_ray.errors import TaskError
-from tale_ray.records import Choice, Example, Message
+from tale_ray.records import Choice, Example, Message, PromptRow
 from tale_ray.tasks.answers import parse_target, target_choice
 from tale_ray.tasks.spec import TaskSpec
 from tale_ray.tasks.splits import row_digest
@@ -57,6 +57,7 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer of transformers."""
 
     chat_template: Any  # a template, templates by name, or None
+    bos_token: str | None
     bos_token_id: int | None
     eos_token_id: int | None
 
@@ -158,6 +159,39 @@ def encode_choices(
     between = " " if adds_tokens else ""  # a plain prompt ends with 'Answer:'
     pairs = _encode_pairs(tokenizer, text, [between + choice for choice in choices], add_special_tokens=adds_tokens)
     return tuple(Choice(choice, *pair) for choice, pair in zip(choices, pairs, strict=True))
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> PromptRow:
+    """Return a row as token ids.
+
+    Raises:
+        TaskError: as `encode` and `encode_choices`.
+    """
+    if example.prompt is not None:
+        return _encode_plain(tokenizer, example, example.prompt)
+    if not example.choices:
+        return PromptRow(encode(tokenizer, example.messages, example.demonstrations), example.target)
+    choices = encode_choices(tokenizer, example.messages, example.choices, example.demonstrations)
+    return PromptRow(choices[0].context_ids, example.target, choices)
+
+
+def _encode_plain(tokenizer: Tokenizer, example: Example, prompt: str) -> PromptRow:
+    """Return a row whose prompt is plain text; tokens that the tokenizer adds are not added twice."""
+    start = tokenizer.bos_token
+
+    def adds(text: str) -> bool:
+        return not (start and text.startswith(start))
+
+    if not example.choices:
+        token_ids = _token_ids(tokenizer, prompt, add_special_tokens=adds(prompt))
+        if not token_ids:
+            raise TaskError(f"the prompt {_shown(prompt)} has no tokens: check the task and the tokenizer")
+        return PromptRow(token_ids, example.target)
+    choices = tuple(
+        Choice(choice, *encode_pair(tokenizer, context, choice, add_special_tokens=adds(context)))
+        for context, choice in zip(example.contexts, example.choices, strict=True)
+    )
+    return PromptRow(choices[0].context_ids, example.target, choices)
 
 
 def encode_pair(

@@ -3,23 +3,22 @@
 This module does not read rows, nor render them.
 """
 
-import difflib
+import hashlib
 import importlib.util
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import yaml
 
 from tale_ray.errors import TaskError
 from tale_ray.paths import existing
-from tale_ray.tasks.templates import compile_expression, compile_template, half_character
+from tale_ray.tasks.keys import Keys, suggestion
 
-AnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex", "likelihood"]
+FileAnswerType: TypeAlias = Literal["choice", "word", "number", "math", "regex", "likelihood"]  # in a task file
+AnswerType: TypeAlias = FileAnswerType | Literal["harness"]
 FileFormat: TypeAlias = Literal["csv", "json", "parquet"]
 
 GENERATORS: Final = ("boolean",)
@@ -27,7 +26,6 @@ METRICS: Final = ("accuracy",)
 ROLES: Final = ("system", "user", "assistant")
 
 _FOLDER: Final = Path(str(resources.files("tale_ray.tasks"))) / "builtin"
-_MISSING: Final = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +69,32 @@ class GeneratorSource:
         return f"generated ({self.generator}, seed {self.seed}, {self.rows} rows)"
 
 
-Source: TypeAlias = HubSource | FileSource | GeneratorSource
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarnessSource:
+    """A task of lm-evaluation-harness, with all that it says of its rows."""
+
+    task: str
+    include_path: str | None  # a folder of task files beside its own
+    num_shots: int  # 0: as many as the task asks for
+
+    def __str__(self) -> str:
+        """Return the source as a user would name it."""
+        where = f", from {self.include_path}" if self.include_path else ""
+        return f"lm-evaluation-harness, {self.task}{where}"
+
+
+Source: TypeAlias = HubSource | FileSource | GeneratorSource | HarnessSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarnessScoring:
+    """What says whether a row is right: a metric of lm-evaluation-harness, after a filter of the task."""
+
+    source: HarnessSource
+    metric: str
+    filter: str
+    fingerprint: str  # SHA-256 of the task's configuration and rows, hex: the same wherever it is scored
+    config: str  # the task's configuration as canonical JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +107,7 @@ class AnswerSpec:
     stop: tuple[str, ...] = ()  # a reply ends before the first of these texts
     choices: str | None = None  # of likelihood: a jinja2 expression over the row's columns that gives a list of texts
     normalised: bool = False  # of likelihood: by the characters of the choices
+    harness: HarnessScoring | None = None  # of harness
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +149,21 @@ class TaskSpec:
                     if self.answer.choices is not None
                     else {}
                 ),
+                **({"harness": self._harness_identity()} if self.answer.harness is not None else {}),
             },
             "max_new_tokens": self.max_new_tokens,
             "metric": self.metric,
             "group_by": self.group_by,
+        }
+
+    def _harness_identity(self) -> dict[str, Any]:
+        scoring = self.answer.harness
+        assert scoring is not None
+        return {
+            "task": scoring.source.task,
+            "metric": scoring.metric,
+            "filter": scoring.filter,
+            "config": hashlib.sha256(scoring.config.encode()).hexdigest(),
         }
 
 
@@ -143,19 +178,15 @@ def load_task(name_or_path: str) -> TaskSpec:
     Raises:
         TaskError: no such task or file, or the file breaks a rule; the message names file, key, value and remedy.
     """
-    if name_or_path.startswith("lm-eval:"):
-        raise TaskError(
-            f"task {name_or_path!r} is not available: this version takes no tasks of lm-evaluation-harness; "
-            f"use a built-in task ({', '.join(builtin_tasks())}) or write a task file"
-        )
     if name_or_path in builtin_tasks():
         return _load_file(_FOLDER / f"{name_or_path}.yaml")
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or existing(name_or_path, Path.is_file):
         return _load_file(path)
     raise TaskError(
-        f"task {name_or_path!r} is not known{_suggestion(name_or_path, builtin_tasks())}: "
-        f"the built-in tasks are {', '.join(builtin_tasks())}; a task of your own is given as the path of a .yaml file"
+        f"task {name_or_path!r} is not known{suggestion(name_or_path, builtin_tasks())}: "
+        f"the built-in tasks are {', '.join(builtin_tasks())}; a task of your own is given as the path of a .yaml file, one of "
+        "lm-evaluation-harness as lm-eval:NAME"
     )
 
 
@@ -169,7 +200,7 @@ def _load_file(path: Path) -> TaskSpec:
         raise TaskError(f"task file {path} cannot be read: {error}; a task file is YAML in UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter from values such as 2020-99-99
         raise TaskError(f"task file {path} is not valid YAML: {error}; correct it there") from error
-    keys = _Keys(f"task file {path}", "", content)
+    keys = Keys(f"task file {path}", "", content)
     answer = _answer(keys.section("answer"))
     spec = TaskSpec(
         name=keys.name("name"),
@@ -190,7 +221,7 @@ def _load_file(path: Path) -> TaskSpec:
     return spec
 
 
-def _source(keys: "_Keys") -> Source:
+def _source(keys: Keys) -> Source:
     source: Source
     if keys.has("generator"):
         source = GeneratorSource(
@@ -217,7 +248,7 @@ def _source(keys: "_Keys") -> Source:
     return source
 
 
-def _messages(keys: "_Keys") -> tuple[dict[str, str], ...]:
+def _messages(keys: Keys) -> tuple[dict[str, str], ...]:
     messages = []
     for section in keys.sections("messages"):
         role = section.one_of("role", ROLES)
@@ -231,8 +262,8 @@ def _messages(keys: "_Keys") -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _answer(keys: "_Keys") -> AnswerSpec:
-    kind: AnswerType = keys.one_of("type", get_args(AnswerType))
+def _answer(keys: Keys) -> AnswerSpec:
+    kind: FileAnswerType = keys.one_of("type", get_args(FileAnswerType))
     labels: tuple[str, ...] = ()
     pattern: str | None = None
     choices: str | None = None
@@ -264,146 +295,9 @@ def _answer(keys: "_Keys") -> AnswerSpec:
     return AnswerSpec(type=kind, labels=labels, pattern=pattern, stop=stop, choices=choices, normalised=normalised)
 
 
-def _max_new_tokens(keys: "_Keys", answer: AnswerSpec) -> int:
+def _max_new_tokens(keys: Keys, answer: AnswerSpec) -> int:
     if answer.type != "likelihood":
         return keys.integer("max_new_tokens", minimum=1)
     if keys.has("max_new_tokens"):
         keys.refuse("max_new_tokens", "nothing is decoded for answers of type likelihood; remove the key")
     return 1
-
-
-def _suggestion(word: str, words: Iterable[str], question: str = "did you mean") -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f" ({question} {close[0]}?)" if close else ""
-
-
-class _Keys:
-    """The keys of one mapping of a file: each is taken once by a rule, and what nobody took is refused."""
-
-    def __init__(self, file: str, prefix: str, content: object) -> None:
-        self._file = file
-        self._prefix = prefix
-        if not isinstance(content, Mapping):
-            where = f"{file}: key `{prefix[:-1]}`" if prefix else file
-            raise TaskError(f"{where} is {_shown(content)}: it is a mapping of keys to values; write `key: value`")
-        self._content = content
-        self._known: list[str] = []
-
-    def refuse(self, key: str, rule: str) -> NoReturn:
-        value = self._content.get(key, _MISSING)
-        shown = "is missing" if value is _MISSING else f"is {_shown(value)}"
-        raise TaskError(f"{self._file}: key `{self._prefix}{key}` {shown}: {rule}")
-
-    def finish(self) -> None:
-        for key in self._content:
-            if key not in self._known:
-                raise TaskError(
-                    f"{self._file}: key `{self._prefix}{key}` is not known{_suggestion(str(key), self._known)}: "
-                    f"the keys here are {', '.join(dict.fromkeys(self._known))}; correct or remove it"
-                )
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there and not null."""
-        self._known.append(key)
-        return self._content.get(key) is not None
-
-    def take(self, key: str, default: Any = _MISSING) -> Any:
-        self._known.append(key)
-        value = self._content.get(key)
-        if value is None and default is _MISSING:
-            misspelled = [str(name) for name in self._content if name not in self._known]
-            self.refuse(key, f"the key is required{_suggestion(key, misspelled, 'is it')}; add it with a value")
-        return default if value is None else value
-
-    def text(self, key: str, default: Any = _MISSING) -> str:
-        value = self.take(key, default)
-        if not isinstance(value, str):
-            self.refuse(key, f"it is a text; {_quote_hint(value)}")
-        if not value.strip() and default is _MISSING:
-            self.refuse(key, "it is a text that is not empty; write one")
-        self._check_characters(key, value)
-        return value
-
-    def matching(self, key: str, pattern: str, rule: str) -> str:
-        value = self.text(key)
-        if not re.fullmatch(pattern, value):
-            self.refuse(key, f"it is {rule}; correct it")
-        return value
-
-    def name(self, key: str) -> str:
-        return self.matching(key, r"\w[\w.-]*", "one name of letters, digits and . _ -")
-
-    def template(self, key: str) -> str:
-        value = self.text(key)
-        try:
-            compile_template(value)
-        except TaskError as error:
-            self.refuse(key, f"{error}; correct it")
-        return value
-
-    def expression(self, key: str) -> str:
-        value = self.text(key)
-        try:
-            compile_expression(value)
-        except TaskError as error:
-            self.refuse(key, f"{error}; correct it")
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self.take(key, default=False)
-        if not isinstance(value, bool):
-            self.refuse(key, "it is true or false; write one")
-        return value
-
-    def texts(self, key: str, *, may_be_blank: bool = False) -> tuple[str, ...]:
-        """One text or a list of texts, none of them empty, nor, unless it may be, white space only."""
-        value = self.take(key)
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not values:
-            self.refuse(key, "it is a list of texts with at least one entry; write it like [A, B]")
-        for item in values:
-            if not isinstance(item, str):
-                self.refuse(key, f"entry {item!r} is not a text; {_quote_hint(item)}")
-            if not (item if may_be_blank else item.strip()):
-                self.refuse(key, "an entry is empty; remove it")
-            self._check_characters(key, item)
-        return tuple(values)
-
-    def _check_characters(self, key: str, text: str) -> None:
-        if half := half_character(text):
-            self.refuse(key, f"{half} in it is half a character; correct it")
-
-    def integer(self, key: str, minimum: int | None = None) -> int:
-        value = self.take(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.refuse(key, "it is a whole number; write one")
-        if minimum is not None and value < minimum:
-            self.refuse(key, f"it is at least {minimum}; raise it")
-        return value
-
-    def one_of(self, key: str, choices: tuple[Any, ...], default: Any = _MISSING) -> Any:
-        value = self.text(key, default)
-        if value not in choices:
-            self.refuse(key, f"it is one of {', '.join(choices)}{_suggestion(value, choices)}; choose one")
-        return value
-
-    def section(self, key: str) -> "_Keys":
-        return _Keys(self._file, f"{self._prefix}{key}.", self.take(key))
-
-    def sections(self, key: str) -> list["_Keys"]:
-        values = self.take(key)
-        if not isinstance(values, list) or not values:
-            self.refuse(key, "it is a list with at least one entry; write each entry as `- {key: value}`")
-        return [_Keys(self._file, f"{self._prefix}{key}[{index}].", value) for index, value in enumerate(values)]
-
-
-def _shown(value: object) -> str:
-    short = reprlib.Repr()
-    short.maxstring, short.maxlist, short.maxdict = 200, 10, 10
-    return short.repr(value)
-
-
-def _quote_hint(value: object) -> str:
-    if isinstance(value, bool):
-        return 'YAML reads True, False, Yes, No, On and Off as booleans unless quoted; write "True" with its quotes'
-    return "write it in quotes"

@@ -59,21 +59,32 @@ def digest_rows(digests: Sequence[str]) -> str:
 def split_rows(
     rows: Sequence[Mapping[str, Any]], shares: Mapping[SplitName, Fraction], seed: int
 ) -> dict[SplitName, tuple[int, ...]]:
-    """Return, by split, the positions in `rows` of its rows, in the order of the split.
+    """Return, by split, the positions in `rows` of its rows, in the order of the split: those of their digests.
+
+    Raises:
+        TaskError: as `split_digests`, or a row has no digest.
+    """
+    return split_digests([row_digest(row) for row in rows], shares, seed)
+
+
+def split_digests(
+    digests: Sequence[str], shares: Mapping[SplitName, Fraction], seed: int
+) -> dict[SplitName, tuple[int, ...]]:
+    """Return, by split, the positions of its rows among all, which are given by their digests, in the split's order.
 
     Rows of equal content stay together and are all kept. Groups of equal rows are sorted by the SHA-256 of
     `seed:digest` and cut at the cumulative shares of the rows, `shots` first and then as `shares` is ordered; a group
     that a cut would divide goes to what follows the cut. What the shares leave over is in no split.
 
     Raises:
-        TaskError: a share is outside [0, 1], the shares sum to more than 1, or a row has no digest.
+        TaskError: a share is outside [0, 1], or the shares sum to more than 1.
     """
     if min(shares.values(), default=0) < 0 or sum(shares.values()) > 1:
         given = ", ".join(f"{name}={share}" for name, share in shares.items())
         raise TaskError(f"the shares {given} cannot be cut: each is from 0 to 1 and they sum to at most 1; lower one")
     groups: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        groups.setdefault(row_digest(row), []).append(position)
+    for position, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(position)
     ordered = [groups[digest] for digest in sorted(groups, key=lambda digest: rank(seed, digest))]
 
     names = sorted(shares, key=lambda name: name != "shots")  # a stable sort: the others keep their order
@@ -81,7 +92,7 @@ def split_rows(
     next_group, num_before, cumulative = 0, 0, Fraction(0)
     for name in names:
         cumulative += shares[name]
-        end = floor(cumulative * len(rows))
+        end = floor(cumulative * len(digests))
         positions: list[int] = []
         while next_group < len(ordered) and num_before + len(ordered[next_group]) <= end:
             positions += ordered[next_group]
