@@ -39,6 +39,8 @@ from tale_ray.store.study import StudyFolder
 from tale_ray.store.uris import strip_credentials
 from tale_ray.tasks.data import count_rows
 from tale_ray.tasks.description import describe_task
+from tale_ray.tasks.harness import PREFIX as HARNESS
+from tale_ray.tasks.harness import load_harness_task
 from tale_ray.tasks.spec import builtin_tasks, load_task
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -279,6 +281,12 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
         return
     if given := sorted({"row", "shots", "seed", "splits"} & _changed(context, {"row": row, **options}).keys()):
         raise ConfigError(f"--{given[0]} is about a row as a model is asked it: name the model with --model")
+    if name.startswith(HARNESS):
+        spec, examples = load_harness_task(name, options["include_path"], num_shots=0)
+        click.echo(describe_task(spec, len(examples)))
+        click.echo("# Its configuration. Change it in a file of your own under --include-path.")
+        click.echo(spec.text.rstrip())
+        return
     spec = load_task(name)
     click.echo(f"# The file of the task {spec.name}. Copy and change it, and search with --task PATH.")
     click.echo(spec.text.rstrip())

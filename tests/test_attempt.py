@@ -41,3 +41,18 @@ def test_a_test_row_that_is_too_long_is_refused_before_the_search(
 def test_a_user_is_told_how_prompts_were_made(material: Material, tmp_path: Path) -> None:
     outcome = material.search(tmp_path / "run", "--max-removed", "0")
     assert "note: the tokenizer has no chat template" in outcome.err
+
+
+def test_rows_for_training_are_kept_apart_and_stored(material: Material, tmp_path: Path) -> None:
+    splits = {"search": "0.4", "select": "0.1", "test": "0.2", "finetune": "0.25"}
+    prepared = prepare_rows(TaskSection(task=str(material.task), splits=splits))  # type: ignore[arg-type]
+    assert prepared.counts == {"search": 40, "select": 10, "test": 20, "finetune": 25}
+    digests = [{example.digest for example in examples} for examples in prepared.splits.values()]
+    assert len(set.union(*digests)) == sum(map(len, digests)) == 95
+    run = tmp_path / "run"
+    asked = ",".join(f"{name}={share}" for name, share in splits.items())
+    assert material.search(run, "--splits", asked, "--max-removed", "0").code == 0
+    assert RunReader(str(run)).manifest().rows["finetune"]["count"] == 25
+    fewer = material.search(run, "--splits", asked.replace("0.25", "0.2"), "--max-removed", "0")
+    assert fewer.code == 2
+    assert "rows.finetune" in fewer.err

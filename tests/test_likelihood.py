@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import tale_ray
 from tale_ray.attempt.execution import token_digests
-from tale_ray.cluster.worker import _encoded
 from tale_ray.engine.budget import Budget
 from tale_ray.engine.choices import choose
 from tale_ray.engine.layout import lay_lines
@@ -32,7 +31,14 @@ from tale_ray.model.load import LoadedModel
 from tale_ray.records import Choice, Example, PromptRow
 from tale_ray.store.reader import RunReader
 from tale_ray.tasks.description import describe_task
-from tale_ray.tasks.prompts import digest_tokens, encode, encode_choices, encode_pair, render_rows
+from tale_ray.tasks.prompts import (
+    digest_tokens,
+    encode,
+    encode_choices,
+    encode_example,
+    encode_pair,
+    render_rows,
+)
 from tale_ray.tasks.spec import AnswerSpec, load_task
 
 ANSWER = AnswerSpec(type="likelihood", choices="options")
@@ -259,11 +265,12 @@ def test_rows_are_checked_and_told_apart_by_the_tokens_of_their_choices(llama: L
 
 def test_a_normalised_likelihood_is_that_of_a_character() -> None:
     choices = (Choice("no", (1,), (2,)), Choice("a long one", (1,), (2, 3)))
-    plain = choose(choices, [-2.0, -5.0], "1", normalised=False)
-    normalised = choose(choices, [-2.0, -5.0], "1", normalised=True)
+    row, by_character = PromptRow((1,), "1", choices), replace(ANSWER, normalised=True)
+    plain = choose(ANSWER, row, [-2.0, -5.0])
+    normalised = choose(by_character, row, [-2.0, -5.0])
     assert (plain.prediction, plain.correct, plain.reply) == ("0", False, "no")
     assert (normalised.prediction, normalised.correct, normalised.reply) == ("1", True, "a long one")
-    assert choose(choices, [-2.0, -2.0], "0", normalised=False).prediction == "0", "the first of equals"
+    assert choose(ANSWER, replace(row, target="0"), [-2.0, -2.0]).prediction == "0", "the first of equals"
 
 
 def test_a_small_budget_is_refused_or_made_do_with() -> None:
@@ -425,7 +432,7 @@ def test_a_search_by_likelihood_decides_as_the_oracle(tmp_path: Path, material: 
     assert sheet is not None
     assert all(answer.log_likelihoods is not None and len(answer.log_likelihoods) == 4 for answer in sheet.answers)
     examples = {example.digest: example for example in render_rows(load_task(str(task)), picks(40))}
-    rows = [_encoded(tiny_tokenizer(), examples[digest]) for digest in sheet.row_digests]
+    rows = [encode_example(tiny_tokenizer(), examples[digest]) for digest in sheet.row_digests]
     expected = oracle_search(oracle_count(material.model, rows, normalised=True), 6, len(rows), epsilon="0.3")
     summary = show(run)
     assert summary["baseline"]["correct"] == expected.baseline
@@ -469,7 +476,9 @@ def test_an_exhaustive_search_of_the_bundled_model_equals_the_oracle(tmp_path: P
         run=str(tmp_path / "run"),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [_encoded(tokenizer, example) for example in render_rows(load_task(str(tmp_path / "task.yaml")), written)]
+    rows = [
+        encode_example(tokenizer, example) for example in render_rows(load_task(str(tmp_path / "task.yaml")), written)
+    ]
     expected = oracle_search(oracle_count(folder, rows, normalised=False), 12, len(rows), max_removed=3)
     assert test_oracle_search.found(run) == expected
     assert expected.rounds, "a search that removes nothing shows little"

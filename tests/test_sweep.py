@@ -194,6 +194,26 @@ def test_work_is_half_of_one_after_another_and_the_prefix_is_computed_once(llama
     assert plain.layer_applications == DEEP * (DEEP - 1) * 7
 
 
+def test_a_prefix_is_computed_once_a_round_however_candidates_are_cut(llama: LoadedModel) -> None:
+    rows = rows_of(PREFIX + prompt for prompt in tiny_prompts(6))
+    whole = Scorer(llama).score(unit(range(DEEP), range(6)), rows, ANSWER, 1, "w")
+    scorer = Scorer(llama)
+    halves = [range(DEEP // 2), range(DEEP // 2, DEEP)]
+    results = [
+        scorer.score(unit(half, some), rows, ANSWER, 1, "w") for some in (range(3), range(3, 6)) for half in halves
+    ]
+    found: dict[int | None, list[Any]] = {}
+    for result in results:
+        for layer, answers in answers_of(result).items():
+            found.setdefault(layer, []).extend(answers)
+    assert found == answers_of(whole)
+    per_row = DEEP - 1 + DEEP * (DEEP - 1) // 2
+    assert whole.layer_applications == per_row * (6 + 1)
+    assert sum(result.layer_applications for result in results) == whole.layer_applications
+    later = scorer.score(unit([1], range(6), removed=[0]), rows, ANSWER, 1, "w")
+    assert later.layer_applications < 7 * (DEEP - 2), "what the next round can use is still known"
+
+
 def test_rows_with_demonstrations_of_their_own_share_longer_prefixes() -> None:
     common, maths, law = (1, 2), tuple(range(10, 40)), tuple(range(50, 90))
     prompts = [*(common + maths + (number,) for number in range(100, 105)), (*common, 7, 8)]

@@ -254,7 +254,6 @@ def test_a_file_that_is_no_task(tmp_path: Path, content: bytes, part: str) -> No
         ("arc_esay", ["'arc_esay'", "did you mean arc_easy?", *builtin_tasks()]),
         ("zzz", ["'zzz'", *builtin_tasks()]),
         ("missing/file.yaml", ["missing/file.yaml", "does not exist"]),
-        ("lm-eval:hellaswag", ["'lm-eval:hellaswag'", "not available"]),
     ],
 )
 def test_an_unknown_task(name: str, parts: list[str]) -> None:

@@ -32,11 +32,17 @@ class PreparedRows:
     examples: Mapping[SplitName, tuple[Example, ...]]  # scored
     notes: tuple[str, ...]
     shots: tuple[Example, ...] = ()  # every demonstration, of all groups; those of a row are in its example
+    finetune: tuple[Example, ...] = ()  # kept apart for training
 
     @property
     def splits(self) -> dict[SplitName, tuple[Example, ...]]:
-        """All rows that can change a prediction, by split: the demonstrations, if there are any, and what is scored."""
-        return {"shots": self.shots, **self.examples} if self.shots else dict(self.examples)
+        """All rows that are used, by split: the demonstrations, what is scored, and what is kept apart; none empty."""
+        splits: dict[SplitName, tuple[Example, ...]] = {
+            "shots": self.shots,
+            **self.examples,
+            "finetune": self.finetune,
+        }
+        return {split: rows for split, rows in splits.items() if rows}
 
     @property
     def counts(self) -> dict[SplitName, int]:
@@ -90,6 +96,7 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         examples=scored,
         notes=tuple(notes),
         shots=tuple(example for group in sorted(shots) if group in used for example in shots[group]),
+        finetune=render_rows(spec, [rows[position] for position in positions.get("finetune", ())]),
     )
 
 
@@ -104,7 +111,8 @@ def _prepare_harness_rows(section: TaskSection) -> PreparedRows:
     notes = _check_splits(spec, section, positions, len(examples))
     positions["search"] = positions["search"][: section.rows]
     scored = {split: tuple(examples[at] for at in positions[split]) for split in SCORED_SPLITS if positions.get(split)}
-    return PreparedRows(spec=spec, examples=scored, notes=tuple(notes))
+    finetune = tuple(examples[at] for at in positions.get("finetune", ()))
+    return PreparedRows(spec=spec, examples=scored, notes=tuple(notes), finetune=finetune)
 
 
 def _check_splits(

@@ -16,7 +16,7 @@ from pyarrow import csv, parquet
 from tale_ray.errors import TaskError
 from tale_ray.paths import existing
 from tale_ray.tasks.boolean import generate_rows
-from tale_ray.tasks.spec import FileFormat, FileSource, GeneratorSource, HubSource, Source, TaskSpec
+from tale_ray.tasks.spec import FileFormat, FileSource, GeneratorSource, HarnessSource, HubSource, Source, TaskSpec
 
 Row: TypeAlias = dict[str, Any]
 
@@ -29,7 +29,7 @@ def load_rows(spec: TaskSpec, data_root: str | None) -> list[Row]:
     Raises:
         TaskError: the source is missing, unreachable, unreadable or empty; the message says where and what to do.
     """
-    return _load(spec.source, spec, data_root)
+    return _load(_own_source(spec), spec, data_root)
 
 
 def count_rows(spec: TaskSpec, data_root: str | None) -> int | None:
@@ -38,7 +38,7 @@ def count_rows(spec: TaskSpec, data_root: str | None) -> int | None:
     Raises:
         TaskError: what should hold them cannot be read.
     """
-    source = spec.source
+    source = _own_source(spec)
     if isinstance(source, GeneratorSource):
         return source.rows
     if isinstance(source, HubSource):
@@ -66,6 +66,11 @@ def load_shots(spec: TaskSpec, data_root: str | None) -> list[Row] | None:
         if not any(path.is_file() for path in _mirror_files(source, data_root)):
             return None
     return _load(source, spec, data_root)
+
+
+def _own_source(spec: TaskSpec) -> Source:
+    assert not isinstance(spec.source, HarnessSource), "lm-evaluation-harness reads the rows of its tasks itself"
+    return spec.source
 
 
 def _load(source: Source, spec: TaskSpec, data_root: str | None) -> list[Row]:

@@ -12,6 +12,8 @@ def describe_task(spec: TaskSpec, num_rows: int | None) -> str:
     """
     shots = "carved out of the rows" if spec.shots is None else str(spec.shots)
     answer: str = spec.answer.type
+    if spec.answer.harness is not None:
+        shots, answer = "as the task chooses them", f"as filter {spec.answer.harness.filter} of the task reads it"
     if spec.answer.labels:
         answer += f" of {', '.join(spec.answer.labels)}"
     if spec.answer.pattern is not None:

@@ -12,9 +12,11 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import yaml
 
 from tale_ray.errors import TaskError
 from tale_ray.records import Choice, Example, RowAnswer
@@ -89,7 +91,7 @@ def load_harness_task(name: str, include_path: str | None, num_shots: int) -> tu
         max_new_tokens=settings.get("max_new_tokens", 1),
         metric=metric,
         folder=Path(include_path or ".").absolute(),
-        text=scoring.config,
+        text=yaml.safe_dump(json.loads(scoring.config), sort_keys=True, allow_unicode=True),
     )
     return spec, examples
 
@@ -137,7 +139,7 @@ def _best(metric: str, texts: Sequence[str], log_likelihoods: Sequence[float]) -
 
 
 def _is_right(scoring: HarnessScoring, results: Mapping[str, Any]) -> bool:
-    value = results.get(scoring.metric)
+    value: Any = results.get(scoring.metric)
     if not isinstance(value, bool | int | float) and not hasattr(value, "item"):
         raise TaskError(
             f"metric {scoring.metric} of task {scoring.source.task} gives {value!r} for a row: a search counts rows "
@@ -331,8 +333,8 @@ def _task_of(scoring: HarnessScoring) -> _Task:
         found = _load(scoring.source)
         if _fingerprint(found) != scoring.fingerprint:
             raise TaskError(
-                f"task lm-eval:{scoring.source.task} is another one on this worker: its files or rows differ from those "
-                "that the search began with; give all machines the same, and start again"
+                f"task lm-eval:{scoring.source.task} is another one on this worker: its files or rows differ from what "
+                "the search began with; give all machines the same, and start again"
             )
         _tasks.clear()
         _tasks[scoring.fingerprint] = found

@@ -31,11 +31,13 @@ class Keys:
         self._known: list[str] = []
 
     def refuse(self, key: str, rule: str) -> NoReturn:
+        """Raise what says which value of the key breaks which rule."""
         value = self._content.get(key, _MISSING)
         shown = "is missing" if value is _MISSING else f"is {_shown(value)}"
         raise TaskError(f"{self._file}: key `{self._prefix}{key}` {shown}: {rule}")
 
     def finish(self) -> None:
+        """Refuse keys that nobody took."""
         for key in self._content:
             if key not in self._known:
                 raise TaskError(
@@ -49,6 +51,7 @@ class Keys:
         return self._content.get(key) is not None
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
+        """Return the value of a key; one without a default has to be there."""
         self._known.append(key)
         value = self._content.get(key)
         if value is None and default is _MISSING:
@@ -57,6 +60,7 @@ class Keys:
         return default if value is None else value
 
     def text(self, key: str, default: Any = _MISSING) -> str:
+        """Return a text that is not empty."""
         value = self.take(key, default)
         if not isinstance(value, str):
             self.refuse(key, f"it is a text; {_quote_hint(value)}")
@@ -66,15 +70,18 @@ class Keys:
         return value
 
     def matching(self, key: str, pattern: str, rule: str) -> str:
+        """Return a text that matches a pattern as a whole."""
         value = self.text(key)
         if not re.fullmatch(pattern, value):
             self.refuse(key, f"it is {rule}; correct it")
         return value
 
     def name(self, key: str) -> str:
+        """Return a name."""
         return self.matching(key, r"\w[\w.-]*", "one name of letters, digits and . _ -")
 
     def template(self, key: str) -> str:
+        """Return the text of a template that compiles."""
         value = self.text(key)
         try:
             compile_template(value)
@@ -83,6 +90,7 @@ class Keys:
         return value
 
     def expression(self, key: str) -> str:
+        """Return the text of an expression that compiles."""
         value = self.text(key)
         try:
             compile_expression(value)
@@ -91,6 +99,7 @@ class Keys:
         return value
 
     def flag(self, key: str) -> bool:
+        """Return true or false."""
         value = self.take(key, default=False)
         if not isinstance(value, bool):
             self.refuse(key, "it is true or false; write one")
@@ -115,6 +124,7 @@ class Keys:
             self.refuse(key, f"{half} in it is half a character; correct it")
 
     def integer(self, key: str, minimum: int | None = None) -> int:
+        """Return a whole number."""
         value = self.take(key)
         if not isinstance(value, int) or isinstance(value, bool):
             self.refuse(key, "it is a whole number; write one")
@@ -123,15 +133,18 @@ class Keys:
         return value
 
     def one_of(self, key: str, choices: tuple[Any, ...], default: Any = _MISSING) -> Any:
+        """Return one of the choices."""
         value = self.text(key, default)
         if value not in choices:
             self.refuse(key, f"it is one of {', '.join(choices)}{suggestion(value, choices)}; choose one")
         return value
 
     def section(self, key: str) -> "Keys":
+        """Return the keys of a mapping."""
         return Keys(self._file, f"{self._prefix}{key}.", self.take(key))
 
     def sections(self, key: str) -> list["Keys"]:
+        """Return the keys of every mapping in a list."""
         values = self.take(key)
         if not isinstance(values, list) or not values:
             self.refuse(key, "it is a list with at least one entry; write each entry as `- {key: value}`")

@@ -83,7 +83,7 @@ class HarnessSource:
         return f"lm-evaluation-harness, {self.task}{where}"
 
 
-Source: TypeAlias = HubSource | FileSource | GeneratorSource | HarnessSource
+Source: TypeAlias = HubSource | FileSource | GeneratorSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ class TaskSpec:
 
     name: str
     description: str
-    source: Source
+    source: Source | HarnessSource
     shots: Source | None  # where demonstrations come from; None: they are carved out of the rows
     group_by: str | None  # a column; demonstrations share its value with the row asked
     messages: tuple[dict[str, str], ...]  # {"role": ..., "content": template}
@@ -185,8 +185,8 @@ def load_task(name_or_path: str) -> TaskSpec:
         return _load_file(path)
     raise TaskError(
         f"task {name_or_path!r} is not known{suggestion(name_or_path, builtin_tasks())}: "
-        f"the built-in tasks are {', '.join(builtin_tasks())}; a task of your own is given as the path of a .yaml file, one of "
-        "lm-evaluation-harness as lm-eval:NAME"
+        f"the built-in tasks are {', '.join(builtin_tasks())}; a task of your own is given as the path of a .yaml "
+        "file, one of lm-evaluation-harness as lm-eval:NAME"
     )
 
 
@@ -222,7 +222,7 @@ def _load_file(path: Path) -> TaskSpec:
 
 
 def _source(keys: Keys) -> Source:
-    source: Source
+    source: Source | HarnessSource
     if keys.has("generator"):
         source = GeneratorSource(
             generator=keys.one_of("generator", GENERATORS),
