@@ -210,8 +210,8 @@ def test_a_prefix_is_computed_once_a_round_however_candidates_are_cut(llama: Loa
     per_row = DEEP - 1 + DEEP * (DEEP - 1) // 2
     assert whole.layer_applications == per_row * (6 + 1)
     assert sum(result.layer_applications for result in results) == whole.layer_applications
-    later = scorer.score(unit([1], range(6), removed=[0]), rows, ANSWER, 1, "w")
-    assert later.layer_applications < 7 * (DEEP - 2), "what the next round can use is still known"
+    later = scorer.score(unit([4], range(6), removed=[2]), rows, ANSWER, 1, "w")
+    assert later.layer_applications == (6 + 1) * 1, "but for layer 5 the next round's places were those of candidate 2"
 
 
 def test_rows_with_demonstrations_of_their_own_share_longer_prefixes() -> None:
