@@ -275,12 +275,14 @@ PEAK = """
 import resource, sys, torch, transformers
 sys.path.insert(0, {tests!r})
 from families import tiny_tokenizer
+from tale_ray.cluster.worker import keep_heap
 from tale_ray.engine.score import Scorer
 from tale_ray.model.layers import find_layers
 from tale_ray.model.load import LoadedModel, neutral_generation
 from tale_ray.records import ModelInfo, PromptRow, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 torch.set_num_threads(1)
+keep_heap()  # as a worker does
 sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4, vocab_size=97)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, eos_token_id=2, pad_token_id=0)).eval()
 model.requires_grad_(False)
