@@ -150,7 +150,7 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """Return a difference of shares in points, with its sign: `+1.3`."""
-    return f"{100 * difference:+.1f}"
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # no difference is +0.0, not -0.0
 
 
 def interval_text(interval: Sequence[float]) -> str:
