@@ -165,7 +165,10 @@ def search(*, seeds: str | Iterable[int] | None = None, **options: Any) -> Run |
     """
     if seeds is None:
         return run_to_end(make_config(**options))
-    chosen = parse_seeds(seeds) if isinstance(seeds, str) else check_seeds(tuple(seeds))
+    if isinstance(seeds, str):
+        chosen = parse_seeds(seeds)
+    else:
+        chosen = check_seeds(tuple(seeds) if isinstance(seeds, Iterable) else (seeds,))
     if "seed" in options:
         raise ConfigError(f"seed {options['seed']!r} and seeds {chosen} exclude each other: leave one out")
     return study_to_end(make_config(**options), chosen)

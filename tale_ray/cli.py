@@ -16,7 +16,7 @@ from tale_ray.api import evaluated_config, make_config, resumed_config, resumed_
 from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
-from tale_ray.attempt.study import StudyOpened, run_study, seeded_configs
+from tale_ray.attempt.study import StudyOpened, plan_study, run_study
 from tale_ray.config import (
     DEFAULT_SPLITS,
     DType,
@@ -166,7 +166,7 @@ def search(context: click.Context, /, dry_run: bool, seeds: str | None, **option
     config = make_config(**_given(options))
     chosen = _chosen_seeds(context, seeds, config.task.seed)
     if dry_run:
-        for each in [config] if chosen is None else seeded_configs(config, chosen)[1]:
+        for each in [config] if chosen is None else plan_study(config, chosen)[1]:
             _print_plan(plan_search(each))
     else:
         _search(config, chosen)

@@ -40,6 +40,7 @@ class Example:
     demonstrations: tuple["Example", ...] = ()  # shown before it, in this order
     prompt: str | None = None  # all of the prompt as plain text, where the task writes it itself: there are no messages
     contexts: tuple[str, ...] = ()  # what comes before each choice, with such a prompt
+    number: int | None = None  # of the row in its task, where the task judges answers itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class PromptRow:
     """One row as a worker scores it."""
 
     token_ids: tuple[int, ...]  # of the prompt; with choices, of the first one's context
-    target: str  # with choices, the number of the right one, from 0
+    target: str  # with choices, the number of the right one; where the task judges answers itself, that of the row
     choices: tuple[Choice, ...] = ()
 
     @property

@@ -53,6 +53,6 @@ def test_rows_for_training_are_kept_apart_and_stored(material: Material, tmp_pat
     asked = ",".join(f"{name}={share}" for name, share in splits.items())
     assert material.search(run, "--splits", asked, "--max-removed", "0").code == 0
     assert RunReader(str(run)).manifest().rows["finetune"]["count"] == 25
-    fewer = material.search(run, "--splits", asked.replace("0.25", "0.2"), "--max-removed", "0")
+    fewer = material.search(run, "--splits", asked.replace("0.25", "0.2"), "--max-removed", "1")
     assert fewer.code == 2
-    assert "rows.finetune" in fewer.err
+    assert "keeps other rows apart for training: the run has 25" in fewer.err

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,20 +277,20 @@ def test_a_worker_loads_the_task_by_itself(corner: Corner, monkeypatch: pytest.M
     spec, examples = corner.load(CHOICES)
     monkeypatch.setattr(harness, "_tasks", {})  # as in another process
     choices = [Choice(text, (), ()) for text in examples[1].choices]
-    answer = judge_choices(spec.answer.harness, choices, [-3.0, -1.0, -2.0, -4.0], examples[1].target)
+    answer = judge_choices(spec.answer.harness, choices, [-3.0, -1.0, -2.0, -4.0], "1")
     assert (answer.correct, answer.prediction) == (True, "1"), "label 1 is right in row 1"
+    assert (examples[1].target, examples[1].reply) == ("1", examples[1].choices[1])
     changed = replace(spec.answer.harness, fingerprint="0" * 64)
     with pytest.raises(TaskError, match="is another one on this worker"):
-        judge_choices(changed, choices, [-3.0, -1.0, -2.0, -4.0], examples[1].target)
+        judge_choices(changed, choices, [-3.0, -1.0, -2.0, -4.0], "1")
 
 
 def test_what_a_filter_does_not_read_is_invalid(corner: Corner) -> None:
     spec, examples = corner.load(REPLIES)
     right = json.loads((corner.include_path / "rows.jsonl").read_text().splitlines()[0])["answer"]
-    assert judge_reply(spec.answer.harness, f"so {right} it is", examples[0].target) == RowAnswer(
-        f"so {right} it is", right, True
-    )
-    assert judge_reply(spec.answer.harness, "nothing", examples[0].target).prediction is None
+    assert examples[0].target == right
+    assert judge_reply(spec.answer.harness, f"so {right} it is", "0") == RowAnswer(f"so {right} it is", right, True)
+    assert judge_reply(spec.answer.harness, "nothing", "0").prediction is None
 
 
 def test_demonstrations_come_from_other_rows(corner: Corner) -> None:
@@ -331,12 +333,65 @@ def test_a_row_is_shown_as_it_is_asked(corner: Corner) -> None:
         ({}, ":acc,strict", "has no metric 'acc,strict'"),
         ({"repeats": 4}, "", "asks for 4 replies"),
         ({"doc_to_text": "{{missing.column}}"}, "", "'missing' is undefined"),
-        ({"metric_list": [{"metric": "brier_score"}]}, "", "a search counts rows"),
+        ({"metric_list": [{"metric": "brier_score"}]}, "", "has no metric of choices"),
+        ({"metric_list": [{"metric": "exact_match"}]}, "", "has no metric of choices"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(corner: Corner, changes: dict[str, Any], metric: str, words: str) -> None:
     with pytest.raises(TaskError, match=words):
         corner.load({**CHOICES, "task": "refused", **changes}, metric)
+
+
+FUNCTIONS = """
+import random
+from functools import partial
+
+def _text(doc, ending):
+    return doc["question"] + ending
+
+text = partial(_text, ending=" t4")
+
+def right(doc, results):
+    return {"acc": 1.0}
+
+def shuffled(dataset):
+    def shuffle(doc):
+        return {**doc, "answer": random.choice(doc["options"])}
+    return dataset.map(shuffle, load_from_cache_file=False)
+"""
+
+
+def functional(corner: Corner, name: str, lines: str) -> str:
+    """A task with functions of its own, as only YAML text can name them."""
+    (corner.include_path / "functions.py").write_text(FUNCTIONS)
+    corner.write_task({**CHOICES, "task": name})
+    path = corner.include_path / f"{name}.yaml"
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(lines.partition(":")[0])]
+    path.write_text("\n".join([*kept, lines]) + "\n")
+    return f"lm-eval:{name}"
+
+
+@pytest.mark.parametrize(
+    "lines", ["doc_to_text: !function functions.text", "process_docs: !function functions.shuffled"]
+)
+def test_a_task_with_functions_is_the_same_in_every_process(corner: Corner, lines: str) -> None:
+    name = functional(corner, "functional", lines)
+    program = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from tale_ray.tasks.harness import load_harness_task\n"
+        f"print(load_harness_task({name!r}, {str(corner.include_path)!r}, 0)[0].answer.harness.fingerprint)"
+    )
+    here = load_harness_task(name, str(corner.include_path), 0)[0].answer.harness
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert here is not None
+    assert there[-1] == here.fingerprint
+    assert "0x" not in here.config
+
+
+def test_choices_that_code_of_the_task_judges_are_refused(corner: Corner) -> None:
+    name = functional(corner, "judging", "process_results: !function functions.right")
+    with pytest.raises(TaskError, match="scores choices by code of its own"):
+        load_harness_task(name, str(corner.include_path), 0)
 
 
 def test_sampling_is_refused(corner: Corner) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,48 @@ def test_a_moved_study_goes_on(copy: Path, study: Path) -> None:
     assert show(copy)["test"] == show(study)["test"]
 
 
+def test_runs_with_other_options_than_the_study_are_not_mixed_in(copy: Path) -> None:
+    assert command("resume", copy / "seed-1", "--epsilon", "0.3").code == 0
+    summary = show(copy)
+    assert (summary["state"], summary["removed"]["runs"]) == ("interrupted", 2)
+    assert f"go on with: tale-ray resume {copy}" in command("show", copy).out
+    smaller = command("resume", copy)
+    assert (smaller.code, "epsilon" in smaller.err) == (2, True)
+    assert command("resume", copy, "--epsilon", "0.3").code == 0
+    summary = show(copy)
+    assert (summary["state"], summary["removed"]["runs"]) == ("finished", 3)
+    assert {run["epsilon"] for run in summary["runs"]} == {0.3}
+
+
+def test_a_run_whose_test_rows_are_not_scored_is_not_finished(copy: Path) -> None:
+    (copy / "seed-2" / "results" / "test.json").unlink()
+    assert show(copy)["state"] == "interrupted"
+    assert command("resume", copy).code == 0
+    assert show(copy)["state"] == "finished"
+
+
+def test_a_seed_without_a_right_row_does_not_keep_the_others_from_being_searched(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_search = tale_ray.attempt.study.run_search
+
+    def nothing_right_with_seed_1(config: Any, interruption: Any) -> Any:
+        if config.task.seed == 1:
+            config = replace(config, task=replace(config.task, task=str(material.zero_task)))
+        return run_search(config, interruption)
+
+    monkeypatch.setattr(tale_ray.attempt.study, "run_search", nothing_right_with_seed_1)
+    study = tmp_path / "study"
+    for _ in range(2):  # the second time goes on, and finds the same
+        outcome = material.search(study, "--seeds", "0,1,2", "--max-removed", "1")
+        assert outcome.code == 1
+        assert "seed 1: the full model answers 0 of 50 search rows correctly" in outcome.err
+    summary = show(study)
+    assert [run["state"] for run in summary["runs"]] == ["finished", "failed", "finished"]
+    assert (summary["state"], summary["removed"]["runs"]) == ("failed", 2)
+    assert f"see what failed with: tale-ray show {study}/seed-1" in command("show", study).out
+
+
 def test_one_seed_has_no_deviation(material: Material, tmp_path: Path) -> None:
     assert material.search(tmp_path / "study", "--seeds", "7", "--max-removed", "1").code == 0
     assert show(tmp_path / "study")["test"]["best"]["accuracy"]["standard_deviation"] is None
@@ -160,6 +203,8 @@ def test_folders_that_are_no_study_or_another_one_are_refused(material: Material
     assert (run.code, "is not the folder of a study" in run.err) == (2, True)
     evaluated = command("evaluate", "--run", study)
     assert (evaluated.code, "is a study, not a run" in evaluated.err) == (2, True)
+    dry = material.search(study, "--seeds", "0,1", "--dry-run")
+    assert (dry.code, "holds a study of the seeds 0,1,2" in dry.err) == (2, True)
     single = material.search(study)
     assert single.code == 2
     assert show(study)["state"] == "finished", "nothing was lost"
@@ -222,6 +267,8 @@ def test_the_python_api(study: Path, material: Material, tmp_path: Path) -> None
     assert tale_ray.resume_study(tmp_path / "study").summary == found.summary
     with pytest.raises(ConfigError, match="exclude each other"):
         tale_ray.search(seeds=[0, 1], seed=0, run=tmp_path / "study", **options)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        tale_ray.search(seeds=3, seed=0, run=tmp_path / "study", **options)  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="'0' is not a whole number"):
         tale_ray.search(seeds=["0"], run=tmp_path / "study", **options)  # type: ignore[list-item]
     with pytest.raises(StoreError, match="is not a study"):

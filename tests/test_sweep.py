@@ -271,6 +271,16 @@ def test_blocks_of_candidates_when_memory_is_short(llama: LoadedModel) -> None:
     Scorer(llama, needed).check_budget(rows)
 
 
+def test_a_line_may_need_more_than_a_micro_batch_has(llama: LoadedModel) -> None:
+    rows = rows_of(PREFIX + prompt for prompt in tiny_prompts(4))
+    whole = unit(range(DEEP), range(4))
+    large = Scorer(llama)
+    large.budget = Budget(2**30, 1)
+    expected = Scorer(llama).score(whole, rows, ANSWER, 1, "w")
+    assert answers_of(large.score(whole, rows, ANSWER, 1, "w")) == answers_of(expected)
+    assert answers_of(large.score(whole, rows, ANSWER, 4, "w")).keys() == answers_of(expected).keys()
+
+
 PEAK = """
 import resource, sys, torch, transformers
 sys.path.insert(0, {tests!r})

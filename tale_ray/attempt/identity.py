@@ -20,6 +20,7 @@ def run_identity(config: SearchConfig, prepared: PreparedRows, model_digest: str
     rows = {
         f"rows.{split}": f"{len(examples)} rows, SHA-256 {digest_rows([example.digest for example in examples])}"
         for split, examples in prepared.splits.items()
+        if split != "finetune"  # decides nothing
     }
     return {"model": model_digest, **config.decision_options(), **task, **rows}
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from tale_ray.attempt.execution import encode_questions, make_executor, similar_ranks, token_digests
@@ -262,6 +263,12 @@ def _adopt(writer: RunWriter, manifest: Manifest) -> None:
                 f"version of transformers (then: {stored.versions.get('transformers')}); install that one, or "
                 "choose another --run"
             )
+        kept_apart = [rows["finetune"] for rows in (stored.rows, manifest.rows) if "finetune" in rows]
+        if len(kept_apart) == 2 and kept_apart[0] != kept_apart[1]:
+            raise StoreError(
+                f"{writer.reader.uri} keeps other rows apart for training: the run has {kept_apart[0]['count']} "
+                f"finetune rows, asked for are {kept_apart[1]['count']}; ask for the same share, or for another --run"
+            )
         changed = _changed_options(stored.config, manifest.config)
         manifest = replace(manifest, run=stored.run, created=stored.created)
     if not writer.reader.exists() or changed:
@@ -282,7 +289,8 @@ def _changed_options(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> lis
 
 
 def _versions() -> dict[str, str]:
-    packages = ("tale-ray", "torch", "transformers", "ray", "pyarrow")
+    packages = ["tale-ray", "torch", "transformers", "ray", "pyarrow"]
+    packages += ["lm-eval"] * (find_spec("lm_eval") is not None)
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 

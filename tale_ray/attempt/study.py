@@ -1,6 +1,7 @@
 """A study: the same search with several seeds, each an ordinary run, one after another under one folder."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import prepare_rows
 from tale_ray.attempt.search import RUNS_FOLDER, AttemptEvent, RunOpened, run_name, run_search
 from tale_ray.config import SearchConfig
+from tale_ray.errors import BaselineZero
 from tale_ray.model.digest import digest_model, model_folder
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.documents import StudyManifest
@@ -41,33 +43,40 @@ def run_study(config: SearchConfig, seeds: Sequence[int], interruption: Interrup
     Raises:
         UsageError: the request cannot be met.
         Interrupted: stopped before the end; everything finished is stored.
+        BaselineZero: the full model answers nothing with a seed; the runs of all others are finished.
         TaleRayError: a run failed; those before it are finished.
     """
     with interruption.breakable():
-        study, configs = seeded_configs(config, seeds)
-        folder = StudyFolder(study)
-        folder.check(seeds, config.storage.resume)
+        study, configs = plan_study(config, seeds)
+    folder = StudyFolder(study)
     is_open = False
+    in_vain: dict[int, BaselineZero] = {}
     for seed, seeded in zip(seeds, configs, strict=True):
         yield SeedStarted(seed, tuple(seeds))
-        with contextlib.closing(run_search(seeded, interruption)) as events:  # type: ignore[type-var]  # a generator
-            for event in events:
-                if isinstance(event, RunOpened) and not is_open:  # all that can be refused was not
-                    folder.write(_manifest(folder, configs[0], seeds))
-                    yield StudyOpened(study)
-                    is_open = True
-                yield event
+        try:
+            with contextlib.closing(run_search(seeded, interruption)) as events:  # type: ignore[type-var]  # a generator
+                for event in events:
+                    if isinstance(event, RunOpened) and not is_open:  # all that can be refused was not
+                        _write(folder, configs[0], seeds)
+                        yield StudyOpened(study)
+                        is_open = True
+                    yield event
+        except BaselineZero as error:
+            in_vain[seed] = error
+    if in_vain:
+        raise BaselineZero("; ".join(f"seed {seed}: {error}" for seed, error in in_vain.items()))
 
 
-def seeded_configs(config: SearchConfig, seeds: Sequence[int]) -> tuple[str, list[SearchConfig]]:
+def plan_study(config: SearchConfig, seeds: Sequence[int]) -> tuple[str, list[SearchConfig]]:
     """Return where the study is, and the configuration of every seed's run, which lies under it.
 
     Raises:
-        UsageError: the request cannot be met.
+        UsageError: the request cannot be met, or the folder is not one for this study.
     """
     config = with_absolute_paths(config)
     study = config.storage.run or _default_study(_with_seed(config, seeds[0]), seeds)
     folder = StudyFolder(study)
+    folder.check(seeds, config.storage.resume)
     storage = replace(config.storage, resume="auto")
     return study, [replace(_with_seed(config, seed), storage=replace(storage, run=folder.run(seed))) for seed in seeds]
 
@@ -89,7 +98,11 @@ def _default_study(first: SearchConfig, seeds: Sequence[int]) -> str:
     return f"{RUNS_FOLDER}/{name}-seeds-{'-'.join(map(str, seeds))}"
 
 
-def _manifest(folder: StudyFolder, config: SearchConfig, seeds: Sequence[int]) -> StudyManifest:
+def _write(folder: StudyFolder, config: SearchConfig, seeds: Sequence[int]) -> None:
+    """Store what the study is, unless it is there already: a finished one may be where nothing can be written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    created = folder.manifest().created if folder.exists() else now
-    return StudyManifest(seeds=list(seeds), created=created, config=config.to_json())
+    stored = folder.manifest() if folder.exists() else None
+    created = now if stored is None else stored.created
+    manifest = StudyManifest(seeds=list(seeds), created=created, config=json.loads(json.dumps(config.to_json())))
+    if manifest != stored:
+        folder.write(manifest)

@@ -15,6 +15,7 @@ from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
+from tale_ray.tasks.harness import load_for_scoring
 from tale_ray.tasks.prompts import chat_notes, encode_example
 
 logger = logging.getLogger("tale_ray.cluster")
@@ -53,7 +54,13 @@ class Worker:
         return rows
 
     def share(self, questions: Questions) -> None:
-        """Take the questions that units refer to."""
+        """Take the questions that units refer to.
+
+        Raises:
+            TaskError: a task of lm-evaluation-harness is not the same here.
+        """
+        if questions.answer.harness is not None:
+            load_for_scoring(questions.answer.harness)
         self._questions = questions
 
     def score(self, unit: WorkUnit) -> UnitResult:
@@ -92,7 +99,7 @@ def keep_heap() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
-        mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 128 * 2**20)
         mallopt(_M_TOP_PAD, 64 * 2**20)
 
 

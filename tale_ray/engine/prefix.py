@@ -1,5 +1,6 @@
 """Keys and values of the prompt prefix that rows share, for every layer and node of a sweep."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -34,8 +35,6 @@ class PrefixStates:
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self._found: dict[Place, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self._stacked: dict[tuple[int, tuple[Node, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._used: frozenset[Place] = frozenset()
 
     def __contains__(self, place: Place) -> bool:
         return place in self._found
@@ -49,13 +48,23 @@ class PrefixStates:
             self._found[layer, node] = (keys_nkph, values_nkph, position)
 
     def get(self, layer: int, nodes: tuple[Node, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of some nodes, stacked in their order."""
-        if (layer, nodes) not in self._stacked:
-            found = [self._found[layer, node] for node in nodes]
-            keys = stack([(keys, position) for keys, _, position in found])
-            values = stack([(values, position) for _, values, position in found])
-            self._stacked[layer, nodes] = (keys, values)
-        return self._stacked[layer, nodes]
+        """Return keys and values of some nodes, stacked in their order; from now on they lie together."""
+        found = [self._found[layer, node] for node in nodes]
+        keys = stack([(keys, position) for keys, _, position in found])
+        values = stack([(values, position) for _, values, position in found])
+        if keys.untyped_storage().data_ptr() != found[0][0].untyped_storage().data_ptr():  # a copy
+            self.add(layer, nodes, keys, values)
+        return keys, values
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held, by whole tensors."""
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for keys, values, _ in self._found.values()
+            for storage in (keys.untyped_storage(), values.untyped_storage())
+        }
+        return sum(storages.values())
 
     def use(self, places: Collection[Place], removed: Collection[int], most_places: int) -> None:
         """Get ready for a sweep that reads some places; forget what no sweep of the round can read.
@@ -63,12 +72,20 @@ class PrefixStates:
         A round's sweeps go without the removed layers and at most one more. Beyond `most_places` only those of this
         sweep are kept.
         """
-        if self._used != frozenset(places):
-            self._stacked.clear()  # copies, of other nodes
-            self._used = frozenset(places)
+        before = len(self._found)
         self._found = {place: found for place, found in self._found.items() if _may_follow(*place, removed)}
         if len(self._found.keys() | places) > most_places:
             self._found = {place: found for place, found in self._found.items() if place in places}
+        if len(self._found) < before:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Copy what is left of tensors of which most is not needed any more, so that these can go."""
+        left = Counter(id(keys) for keys, _, _ in self._found.values())
+        for place, (keys, values, position) in self._found.items():
+            if 2 * left[id(keys)] < len(keys):
+                own = slice(position, position + 1)
+                self._found[place] = (keys[own].clone(), values[own].clone(), 0)
 
 
 def _may_follow(layer: int, node: Node, removed: Collection[int]) -> bool:

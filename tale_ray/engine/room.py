@@ -18,11 +18,16 @@ class Room:
     total: int
 
     def line_bytes(self, num_tokens: int) -> int:
-        """Return the share of a line in `total`: its bytes, or as much as its work takes of the bytes for work."""
-        work = self.cost.work_bytes(num_tokens, self.prefix_tokens)
-        return max(
-            self.cost.sweep_bytes(num_tokens, self.prefix_tokens, self.nodes), work * self.total // self.budget.batch
-        )
+        """Return the share of a line in `total`: its bytes, or as much as its work takes of the bytes for work.
+
+        A line whose work alone takes more than those is one by itself.
+        """
+        work = self.cost.work_bytes(num_tokens, self.prefix_tokens) * self.total // self.budget.batch
+        return max(self.least_bytes(num_tokens), min(work, self.total))
+
+    def least_bytes(self, num_tokens: int) -> int:
+        """Return what one line takes at least: a layer at work on one node at a time."""
+        return self.cost.sweep_bytes(num_tokens, self.prefix_tokens, self.nodes)
 
     def portions(self, layout: Layout) -> Portions:
         """Return on how many nodes a layer works at once, and on how many rows the head."""

@@ -262,13 +262,14 @@ class Scorer:
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
         lengths = [len(suffix) for suffix in suffixes]
-        for candidates, steps in blocks:
+        for (candidates, steps), bytes_needed in zip(blocks, needed, strict=True):
+            at_work = bytes_needed - self._cost.prefix_bytes(len(prefix), applications(steps))
+            free = self.budget.total - self._memory.limit - at_work  # for prefixes
             finals = [final_node(unit.removed, layer) for layer in candidates]
-            states = (
-                self._prefix_states(sweep, unit.removed, prefix, steps, is_only=len(blocks) == 1) if prefix else None
-            )
-            held = self._cost.prefix_bytes(len(prefix), 0 if states is None else len(states)) + self._memory.limit
-            room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), self.budget.total - held)
+            states = self._prefix_states(sweep, unit.removed, prefix, steps, free) if prefix else None
+            held = sum(known.num_bytes for known in self._prefixes.values()) + self._memory.limit
+            left_bytes = max(self.budget.total - held, at_work)
+            room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), left_bytes)
             if decoder is None:
                 for batch, layout in self._layouts(suffixes, room):
                     own = [order[at] for at in batch]
@@ -286,7 +287,7 @@ class Scorer:
             reply_bytes = partial(
                 self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
             )
-            for batch in batches(lengths, room.total - room.line_bytes(max(lengths)), reply_bytes):
+            for batch in batches(lengths, room.total - room.least_bytes(max(lengths)), reply_bytes):
                 ends = [suffixes[at] for at in batch]
                 left = replace(room, total=room.total - len(batch) * reply_bytes(max(map(len, ends))))
                 fills = [
@@ -359,21 +360,23 @@ class Scorer:
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
     def _prefix_states(
-        self, sweep: Sweep, removed: Sequence[int], prefix: tuple[int, ...], steps: Sequence[Step], *, is_only: bool
+        self, sweep: Sweep, removed: Sequence[int], prefix: tuple[int, ...], steps: Sequence[Step], free: int
     ) -> PrefixStates:
         """Return the keys and values of a prefix at every place that rows will run at; earlier units' are kept.
 
-        Those of a round's other candidates, too, where half of what the budget has left holds them.
+        Those of other candidates of the round and of other prefixes, too, as far as `free` bytes and half of the
+        budget hold them.
         """
         places = {(layer, node) for layer, step in enumerate(steps) for node in step.runs}
-        states = self._prefixes.get(prefix)
-        needed = self._cost.prefix_bytes(len(prefix), len(places))
-        if states is None:
-            if needed * (len(self._prefixes) + 1) > self.budget.total // 2 or not is_only:
-                self._prefixes.clear()
-            states = self._prefixes[prefix] = PrefixStates(len(prefix))
-        spare = (self.budget.total // 2 - self._memory.limit) // len(self._prefixes) if is_only else 0
-        states.use(places, removed, max(len(places), spare // self._cost.prefix_bytes(len(prefix), 1)))
+        free = min(free, self.budget.total // 2)
+        states = self._prefixes.pop(prefix, None) or PrefixStates(len(prefix))
+        others = sum(other.num_bytes for other in self._prefixes.values())
+        if others + self._cost.prefix_bytes(len(prefix), len(places)) > free:
+            self._prefixes.clear()
+            others = 0
+        self._prefixes[prefix] = states
+        most_places = (free - others) // self._cost.prefix_bytes(len(prefix), 1)
+        states.use(places, removed, max(len(places), most_places))
         if missing := {place for place in places if place not in states}:
             layout = lay_lines([prefix])
             portions = Room(self._cost, self.budget, 0, most_nodes(steps), self.budget.total).portions(layout)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from tale_ray.config import SearchConfig
 from tale_ray.results.statistics import adjust_holm
 from tale_ray.results.summary import summarize
 from tale_ray.store.reader import RunReader
@@ -24,13 +25,20 @@ def summarize_study(folder: StudyFolder) -> dict[str, Any]:
         StoreError: there is no study, or a file of it or of a run is damaged.
     """
     manifest = folder.manifest()
-    readers = [RunReader(folder.run(seed)) for seed in manifest.seeds]
-    runs = [summarize(reader) if reader.exists() else None for reader in readers]
+    asked = _decisive(manifest.config)
+    runs: list[dict[str, Any] | None] = []
+    is_complete = []
+    for seed in manifest.seeds:
+        reader = RunReader(folder.run(seed))
+        begun_here = reader.exists()
+        runs.append(summarize(reader) if begun_here or reader.lease() is not None else None)
+        same = begun_here and _decisive(reader.manifest().config) == asked
+        is_complete.append(same and _is_reported(runs[-1]))
     begun = [run for run in runs if run is not None]
-    finished = [run for run in begun if run["state"] == "finished"]
+    finished = [run for run, is_whole in zip(runs, is_complete, strict=True) if run is not None and is_whole]
     return {
         "study": folder.uri,
-        "state": _state(runs),
+        "state": _state(runs, is_complete),
         "model": manifest.config["model"]["model"],
         "task": next((run["task"] for run in begun), None),
         "num_layers": next((run["num_layers"] for run in begun), None),
@@ -43,10 +51,31 @@ def summarize_study(folder: StudyFolder) -> dict[str, Any]:
     }
 
 
-def _state(runs: Sequence[Mapping[str, Any] | None]) -> str:
-    """Return finished if all are, else what the one is that is not."""
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration that all runs of a study have in common and that decide something."""
+    options = SearchConfig.from_json(config).decision_options()
+    return {name: value for name, value in options.items() if name != "seed"}
+
+
+def _is_reported(run: Mapping[str, Any] | None) -> bool:
+    """Return whether a search has ended and its results are scored on all rows that it has for that."""
+    if run is None or run["state"] != "finished":
+        return False
+    missing = [split for split, found in (("select", run["selected"]), ("test", run["test"])) if found is None]
+    return not any(run["rows"][split] for split in missing)
+
+
+def _state(runs: Sequence[Mapping[str, Any] | None], is_complete: Sequence[bool]) -> str:
+    """Return finished if all are, else what the one is that is not.
+
+    A run is not that is to go on: its select or test rows are not scored, or the study asks for other options by now.
+    """
     states = ["interrupted" if run is None else run["state"] for run in runs]
-    return next((state for state in ("running", "failed", "interrupted") if state in states), "finished")
+    states = [
+        "interrupted" if state == "finished" and not is_whole else state
+        for state, is_whole in zip(states, is_complete, strict=True)
+    ]
+    return next((state for state in ("running", "interrupted", "failed") if state in states), "finished")
 
 
 def _test(tests: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

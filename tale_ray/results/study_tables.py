@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tale_ray.results.study import COUNTED
-from tale_ray.results.tables import count_text, interval_text, p_text, percent, points
+from tale_ray.results.tables import accuracy_text, count_text, interval_text, p_text, percent, points
+from tale_ray.store.study import seed_uri
 
 
 def study_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -22,18 +23,43 @@ def study_table(summary: Mapping[str, Any]) -> RenderableType:
         parts += [_runs(summary), _results(summary)]
     if any(any(summary["removed"][name]) for name in COUNTED):
         parts.append(_layers(summary))
-    study = shlex.quote(summary["study"])
+    if not summary["test"] or summary["state"] != "finished":
+        parts.append(_progress(summary))
     parts.append(Text(f"study: {summary['study']}"))
-    parts.append(
-        Text(
-            f"see one of its runs with: tale-ray show {study}/seed-{summary['seeds'][0]}"
-            if summary["state"] == "finished"
-            else f"go on with: tale-ray resume {study}"
-            if summary["state"] != "running"
-            else f"look again with: tale-ray show {study}"
-        )
-    )
+    parts.append(Text(_next_step(summary)))
     return Group(*parts)
+
+
+def _next_step(summary: Mapping[str, Any]) -> str:
+    study = shlex.quote(summary["study"])
+    states = [None if run is None else run["state"] for run in summary["runs"]]
+    failed = "failed" in states
+    shown = summary["seeds"][states.index("failed") if failed else 0]
+    run = shlex.quote(seed_uri(summary["study"], shown))
+    match summary["state"]:
+        case "finished":
+            return f"see one of its runs with: tale-ray show {run}"
+        case "running":
+            return f"look again with: tale-ray show {study}"
+        case "failed":
+            return f"see what failed with: tale-ray show {run}"
+        case _:
+            return f"go on with: tale-ray resume {study}"
+
+
+def _progress(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="how far its runs are")
+    table.add_column("seed", justify="right")
+    table.add_column("")
+    for name in ("rounds", "baseline", "final"):
+        table.add_column(name, justify="right")
+    for seed, run in zip(summary["seeds"], summary["runs"], strict=True):
+        if run is None or run["baseline"] is None:
+            table.add_row(str(seed), "not begun" if run is None else run["state"], "-", "-", "-")
+        else:
+            scores = accuracy_text(run["baseline"]), accuracy_text(run["final"])
+            table.add_row(str(seed), run["state"], str(len(run["rounds"])), *scores)
+    return table
 
 
 def _runs(summary: Mapping[str, Any]) -> Table:
@@ -54,7 +80,7 @@ def _runs(summary: Mapping[str, Any]) -> Table:
 def _results(summary: Mapping[str, Any]) -> Table:
     table = Table(title="against the full model on test rows, mean and standard deviation over the seeds")
     table.add_column("")
-    for name in ("layers removed", "difference", "optimism", "p (Holm), by seed"):
+    for name in ("layers removed", "difference", "optimism", "p (Holm over seeds)"):
         table.add_column(name, justify="right")
     for name, entry in summary["test"].items():
         if name != "baseline":

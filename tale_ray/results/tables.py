@@ -15,7 +15,7 @@ from tale_ray.results.statistics import PairedComparison, wilson_interval
 RESULTS = ("baseline", "best", "bsba", "final", "selected")
 _NEXT_STEPS = {
     "running": "look again with: tale-ray show {run}",
-    "finished": "score a result on other rows with: tale-ray evaluate --run {run} --pick {pick} --split all",
+    "finished": "score a result on another task with: tale-ray evaluate --run {run} --pick {pick} --task T --split all",
     "interrupted": "go on with: tale-ray resume {run}",
     "failed": "see the error in {run}/attempts, then go on with: tale-ray resume {run}",
 }
@@ -202,6 +202,8 @@ def evaluation_text(values: Mapping[str, Any]) -> str:
             f"{count_text(values['wins'], 'win')}, {count_text(values['losses'], 'loss', 'losses')}, "
             f"p = {p_text(values['p_value'])}"
         )
+        if values["split"] != "test":
+            lines.append("(these rows took part in choosing: they flatter the result; report the test rows)")
     return "\n".join(lines)
 
 

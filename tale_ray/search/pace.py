@@ -16,7 +16,7 @@ MOST_UNITS = 8  # that a worker would need for a whole scoring
 FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
 RACE_SHARE = 12  # and what is left of a race: its units cost some of those, and have saved a third at most
 FIRST_ROWS = 8  # of a unit before anything is known of the speed
-FIRST_REPLIES = 32  # the same, where many tokens are decoded
+FIRST_REPLIES = 32  # candidates times rows, where many tokens are decoded
 LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
 LEAST_REST = 0.5  # of a unit's rows: fewer that would be left over are taken as well
 FADING = 0.8  # of what was learned, with every unit
@@ -110,7 +110,8 @@ class Pace:
         workers = max(1, left.workers)
         if self.speed is None:
             if self._decodes:
-                return UnitShape(min(FIRST_REPLIES, math.ceil(left.rows / workers)), len(candidates))
+                most = max(1, FIRST_REPLIES // len(candidates))
+                return UnitShape(min(most, math.ceil(left.rows / workers)), min(len(candidates), FIRST_REPLIES))
             return UnitShape(max(1, min(FIRST_ROWS, math.ceil(left.rows / (2 * workers)))), len(candidates))
         fixed, application = self.speed
         row = application * row_applications(self.num_layers, removed, candidates)

@@ -28,8 +28,7 @@ class StudyFolder:
 
     def run(self, seed: int) -> str:
         """Return where the run of a seed is, to open it."""
-        folder, mark, options = self._uri.partition("?") if "://" in self._uri else (self._uri, "", "")
-        return f"{folder.rstrip('/')}/seed-{seed}{mark}{options}"
+        return seed_uri(self._uri, seed)
 
     def exists(self) -> bool:
         """Return whether a study has begun here."""
@@ -77,6 +76,12 @@ class StudyFolder:
             StorageAway: the storage failed again and again.
         """
         self._files.write(STUDY, dump_json(manifest))
+
+
+def seed_uri(study: str, seed: int) -> str:
+    """Return where the run of a seed is in a study, by folder or URI."""
+    folder, mark, options = study.partition("?") if "://" in study else (study, "", "")
+    return f"{folder.rstrip('/')}/seed-{seed}{mark}{options}"
 
 
 def _text(seeds: Sequence[int]) -> str:

@@ -6,16 +6,20 @@ It is an optional library, imported when a task of it is asked for. Its requests
 This module does not tokenise, and knows nothing of models.
 """
 
+import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import yaml
 
 from tale_ray.errors import TaskError
@@ -27,6 +31,7 @@ PREFIX: Final = "lm-eval:"
 FEWSHOT_SEED: Final = 1234  # what lm_eval's evaluator draws demonstrations with, whatever the seed of a run
 _NEW_TOKENS: Final = 256  # where a task sets no limit, as in lm_eval
 _LIMITS: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one of its names, in order
+_CHOICE_METRICS: Final = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # no others go by likelihoods alone
 _NO_ANSWERS: Final = ("", "[invalid]")  # what its filters leave of a reply without an answer
 
 _tasks: dict[str, "_Task"] = {}  # the task loaded last, by its fingerprint: driver and worker may be one process
@@ -59,6 +64,11 @@ def load_harness_task(name: str, include_path: str | None, num_shots: int) -> tu
             f"task {name}: it asks for {kind}, and rows are right or wrong by multiple_choice or generate_until only; "
             "use a task of one of these"
         )
+    if kind == "multiple_choice" and callable(task.config.process_results):
+        raise TaskError(
+            f"task {name} scores choices by code of its own, which may ask whether one would have been decoded: that "
+            "is not computed here; use a task with metrics such as acc"
+        )
     requests = _requests(name, found)
     settings = _generation(name, task) if kind == "generate_until" else {}
     metric, chosen_filter = _metric(name, task, asked)
@@ -74,7 +84,7 @@ def load_harness_task(name: str, include_path: str | None, num_shots: int) -> tu
     )
     answer = AnswerSpec(type="harness", stop=tuple(settings.get("until", ())), harness=scoring)
     examples = tuple(
-        _example(str(number), doc, instances)
+        _example(number, task, doc, instances)
         for number, (doc, instances) in enumerate(zip(found.docs, requests, strict=True))
     )
     _check_scoring(name, answer, examples[0])
@@ -98,6 +108,8 @@ def load_harness_task(name: str, include_path: str | None, num_shots: int) -> tu
 
 def judge_reply(scoring: HarnessScoring, reply: str, target: str) -> RowAnswer:
     """Return what a reply to a row answers by the task's filter, and whether its metric calls that right.
+
+    `target` is the number of the row among all of the task's.
 
     Raises:
         TaskError: the metric is neither 0 nor 1, or the task is another one here.
@@ -130,9 +142,9 @@ def _best(metric: str, texts: Sequence[str], log_likelihoods: Sequence[float]) -
     """Return the choice that a metric of lm_eval looks at: the most likely one, by its own way of weighing them."""
     values = list(log_likelihoods[: len(texts)])
     if metric == "acc_norm":
-        values = [value / len(text) for value, text in zip(values, texts, strict=True)]
+        values = [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
     elif metric == "acc_bytes":
-        values = [value / len(text.encode()) for value, text in zip(values, texts, strict=True)]
+        values = [value / max(1, len(text.encode())) for value, text in zip(values, texts, strict=True)]
     elif metric == "acc_mutual_info":
         values = [value - alone for value, alone in zip(values, log_likelihoods[len(texts) :], strict=True)]
     return values.index(max(values))
@@ -190,7 +202,8 @@ def _load(source: HarnessSource) -> _Task:
             if source.num_shots:
                 task.set_config(key="num_fewshot", value=source.num_shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            return _Task(task, tuple(dict(doc) for doc in task.eval_docs))
+            with _seeded():
+                return _Task(task, tuple(dict(doc) for doc in task.eval_docs))
         except TaskError:
             raise
         except Exception as error:  # whatever data sets, the hub, templates and code of the task come up with
@@ -214,9 +227,14 @@ def _requests(name: str, found: _Task) -> list[list[Any]]:
         raise TaskError(f"task {name} has no rows: check its data")
     task = found.task
     shots = task.config.num_fewshot or 0
+    scored = [row_digest(doc) for doc in found.docs]
     if shots:
-        shown = {row_digest(dict(doc)) for doc in task.fewshot_docs()}
-        scored = [row_digest(doc) for doc in found.docs]
+        try:
+            shown = {row_digest(dict(doc)) for doc in task.fewshot_docs()}
+        except Exception as error:  # data sets and code of the task
+            raise TaskError(
+                f"task {name} has no demonstrations: {type(error).__name__}: {error}; ask for none, or correct it"
+            ) from error
         if common := sorted(shown & set(scored)):
             raise TaskError(
                 f"task {name} takes its {shots} demonstrations from rows of which {len(common)} are scored as well "
@@ -228,29 +246,40 @@ def _requests(name: str, found: _Task) -> list[list[Any]]:
             f"task {name} asks for {task.config.repeats} replies to a row: greedy ones are all the same; set repeats: 1"
         )
     try:
-        with _quiet():
+        with _quiet(), _seeded():
             task.build_all_requests()
     except Exception as error:  # templates and code of the task
         raise TaskError(f"task {name} cannot be rendered: {type(error).__name__}: {error}; correct it") from error
     requests: list[list[Any]] = [[] for _ in found.docs]
     for instance in task.instances:
         requests[instance.doc_id].append(instance)
+    if [row_digest(dict(instances[0].doc)) for instances in requests] != scored:
+        raise TaskError(f"task {name} makes other rows each time they are read: let its process_docs be deterministic")
     return [sorted(instances, key=lambda instance: instance.idx) for instances in requests]
 
 
-def _example(target: str, doc: Mapping[str, Any], instances: Sequence[Any]) -> Example:
-    digest = row_digest(doc)
+def _example(number: int, task: Any, doc: Mapping[str, Any], instances: Sequence[Any]) -> Example:
+    digest, gold = row_digest(doc), task.doc_to_target(doc)
     if instances[0].request_type == "generate_until":
-        return Example(digest=digest, messages=(), reply="", target=target, prompt=instances[0].args[0])
-    pairs = tuple((context, continuation) for context, continuation in (instance.args for instance in instances))
+        if task.config.doc_to_choice is not None:
+            gold = task.doc_to_choice(doc)[gold]
+        shown = gold if isinstance(gold, str) else json.dumps(gold, default=str)
+        prompt = instances[0].args[0]
+        return Example(digest=digest, messages=(), reply=shown, target=shown, prompt=prompt, number=number)
+    choices = tuple(instance.args[1] for instance in instances)
+    if task.multiple_input:
+        gold = task.doc_to_text(doc)
+    if isinstance(gold, str) and gold in (texts := task.doc_to_choice(doc)):
+        gold = texts.index(gold)
     return Example(
         digest=digest,
         messages=(),
-        reply="",
-        target=target,
-        choices=tuple(continuation for _, continuation in pairs),
-        prompt=pairs[0][0],
-        contexts=tuple(context for context, _ in pairs),
+        reply=choices[gold] if isinstance(gold, int) and 0 <= gold < len(choices) else "",
+        target=str(gold),
+        choices=choices,
+        prompt=instances[0].args[0],
+        contexts=tuple(instance.args[0] for instance in instances),
+        number=number,
     )
 
 
@@ -273,6 +302,13 @@ def _generation(name: str, task: Any) -> dict[str, Any]:
 def _metric(name: str, task: Any, asked: str) -> tuple[str, str]:
     """Return metric and filter, from `METRIC`, `METRIC,FILTER` or nothing."""
     metrics, filters = list(task.aggregation()), [each.name for each in task._filters]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        metrics = [each for each in metrics if each in _CHOICE_METRICS]
+        if not metrics:
+            raise TaskError(
+                f"task {name} has no metric of choices that says of a row whether it is right: these are "
+                f"{', '.join(_CHOICE_METRICS)}; use another task"
+            )
     metric, _, chosen = asked.partition(",")
     metric, chosen = metric or metrics[0], chosen or filters[0]
     if metric not in metrics or chosen not in filters:
@@ -289,9 +325,9 @@ def _check_scoring(name: str, answer: AnswerSpec, example: Example) -> None:
     try:
         if example.choices:
             choices = [Choice(text, (), ()) for text in example.choices]
-            judge_choices(answer.harness, choices, [-1.0 - at for at in range(len(choices))], example.target)
+            judge_choices(answer.harness, choices, [-1.0 - at for at in range(len(choices))], str(example.number))
         else:
-            judge_reply(answer.harness, "", example.target)
+            judge_reply(answer.harness, "", str(example.number))
     except TaskError:
         raise
     except Exception as error:  # code of the task
@@ -302,17 +338,25 @@ def _check_scoring(name: str, answer: AnswerSpec, example: Example) -> None:
 
 
 def _config_text(task: Any) -> str:
-    """Return all of a task's configuration that can change a prediction or its score, as canonical JSON."""
+    """Return all of a task's configuration that can change a prediction or its score, as canonical JSON.
+
+    Functions are their source: how they are shown otherwise has addresses in it, which are others in every process.
+    """
     config = {
         key: value
-        for key, value in task.dump_config().items()
+        for key, value in task.config.to_dict(keep_callable=True).items()
         if key not in ("task_alias", "tag", "metadata", "dataset_path", "dataset_name", "dataset_kwargs", "group")
     }
     return json.dumps({**config, "version": task.VERSION}, sort_keys=True, default=_named)
 
 
-def _named(value: Any) -> str:
-    return str(getattr(value, "__name__", type(value).__name__))
+def _named(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": list(value.args), "keywords": value.keywords}
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # no function, or one without source
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _fingerprint(found: _Task) -> str:
@@ -320,6 +364,15 @@ def _fingerprint(found: _Task) -> str:
     for doc in found.docs:
         digest.update(row_digest(doc).encode())
     return digest.hexdigest()
+
+
+def load_for_scoring(scoring: HarnessScoring) -> None:
+    """Load the task whose rows a worker is going to judge.
+
+    Raises:
+        TaskError: it cannot be loaded, or is not the one whose rows were shared.
+    """
+    _task_of(scoring)
 
 
 def _task_of(scoring: HarnessScoring) -> _Task:
@@ -348,6 +401,19 @@ def _filtered(task: Any, name: str, reply: str, doc: Mapping[str, Any]) -> Any:
     instance.resps = [reply]
     next(each for each in task._filters if each.name == name).apply([instance])
     return instance.filtered_resps[name]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Let code of a task draw what it would draw first in lm_eval, and leave the generators as they were."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

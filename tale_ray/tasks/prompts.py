@@ -177,7 +177,7 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> PromptRow:
 
 def _encode_plain(tokenizer: Tokenizer, example: Example, prompt: str) -> PromptRow:
     """Return a row whose prompt is plain text; tokens that the tokenizer adds are not added twice."""
-    start = tokenizer.bos_token
+    start, number = tokenizer.bos_token, str(example.number)
 
     def adds(text: str) -> bool:
         return not (start and text.startswith(start))
@@ -186,12 +186,12 @@ def _encode_plain(tokenizer: Tokenizer, example: Example, prompt: str) -> Prompt
         token_ids = _token_ids(tokenizer, prompt, add_special_tokens=adds(prompt))
         if not token_ids:
             raise TaskError(f"the prompt {_shown(prompt)} has no tokens: check the task and the tokenizer")
-        return PromptRow(token_ids, example.target)
+        return PromptRow(token_ids, number)
     choices = tuple(
         Choice(choice, *encode_pair(tokenizer, context, choice, add_special_tokens=adds(context)))
         for context, choice in zip(example.contexts, example.choices, strict=True)
     )
-    return PromptRow(choices[0].context_ids, example.target, choices)
+    return PromptRow(choices[0].context_ids, number, choices)
 
 
 def encode_pair(
