@@ -21,7 +21,7 @@ from tale_ray.results.tables import run_table
 @click.argument("out", type=click.Path(path_type=Path))
 def main(run: str, out: Path) -> None:
     """Draw RUN to the file OUT."""
-    console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
+    console = Console(record=True, width=120, file=io.StringIO(), highlight=False)
     console.print(run_table(tale_ray.open_run(run).summary))
     picture = console.export_svg(title="tale-ray search --model bundled", unique_id="tale-ray")
     picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # shown without fetching a font
