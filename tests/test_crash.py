@@ -320,7 +320,8 @@ def test_a_driver_that_was_asleep_too_long_writes_nothing_more(
         before = {**stored(run), **stored(run, "*.json")}
         driver.signal(signal.SIGCONT)
         assert driver.exit_code(EXIT_SECONDS) == 75, driver.said
-        assert {**stored(run), **stored(run, "*.json")} == before
+        after = {**stored(run), **stored(run, "*.json")}
+        assert after.items() <= before.items(), "what it had begun to delete may be gone; nothing is new"
     last = driver.said.strip().splitlines()[-1]
     assert f"was taken over by process {os.getpid()}" in last
     assert "so this one stops" in last

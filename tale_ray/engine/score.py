@@ -31,6 +31,7 @@ from tale_ray.tasks.spec import AnswerSpec
 logger = logging.getLogger("tale_ray.engine")
 
 _MOST_ANSWERS = 10_000  # that are remembered as they were read
+_USABLE_PERCENT = 75  # of the budget; the rest goes to what the allocator keeps and what is copied in passing
 _MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
@@ -268,7 +269,7 @@ class Scorer:
             finals = [final_node(unit.removed, layer) for layer in candidates]
             states = self._prefix_states(sweep, unit.removed, prefix, steps, free) if prefix else None
             held = sum(known.num_bytes for known in self._prefixes.values()) + self._memory.limit
-            left_bytes = max(self.budget.total - held, at_work)
+            left_bytes = max(self._usable_bytes - held, at_work)
             room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), left_bytes)
             if decoder is None:
                 for batch, layout in self._layouts(suffixes, room):
@@ -359,6 +360,10 @@ class Scorer:
             at_work += self._cost.decode_bytes(longest, prefix_tokens, max_new_tokens, candidates)
         return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
 
+    @property
+    def _usable_bytes(self) -> int:
+        return self.budget.total * _USABLE_PERCENT // 100
+
     def _prefix_states(
         self, sweep: Sweep, removed: Sequence[int], prefix: tuple[int, ...], steps: Sequence[Step], free: int
     ) -> PrefixStates:
@@ -379,7 +384,7 @@ class Scorer:
         states.use(places, removed, max(len(places), most_places))
         if missing := {place for place in places if place not in states}:
             layout = lay_lines([prefix])
-            portions = Room(self._cost, self.budget, 0, most_nodes(steps), self.budget.total).portions(layout)
+            portions = Room(self._cost, self.budget, 0, most_nodes(steps), self._usable_bytes).portions(layout)
             sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], layout), portions)
         return states
 
