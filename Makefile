@@ -33,9 +33,9 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow"
 
-# Whole searches against the oracle: the bundled model on 120 rows, SmolLM2 on 12. Takes a quarter of an hour.
+# Whole searches against the oracle: the bundled model on 120 rows, SmolLM2 on 12; lm-eval tasks against lm-eval. Takes half an hour.
 test-oracle: $(CACHE)/smollm2/config.json
-	TALE_RAY_ORACLE_ROWS=120 TALE_RAY_SMOLLM2=$(CACHE)/smollm2 $(BIN)/python -m pytest --timeout 1800 tests/test_oracle_search.py
+	TALE_RAY_ORACLE_ROWS=120 TALE_RAY_SMOLLM2=$(CACHE)/smollm2 $(BIN)/python -m pytest --timeout 1800 tests/test_oracle_search.py tests/test_harness.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
