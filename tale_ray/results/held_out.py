@@ -16,6 +16,7 @@ from tale_ray.store.layout import round_scope
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import AnswerSheet
 
+RESULTS = ("baseline", "best", "bsba", "final", "selected")  # of a search, in the order in which they are shown
 _RESULT = {"round": int, "removed": list[int], "correct": int, "total": int, "invalid": int}
 
 

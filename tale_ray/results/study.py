@@ -9,12 +9,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from tale_ray.config import SearchConfig
+from tale_ray.results.held_out import RESULTS
 from tale_ray.results.statistics import adjust_holm
 from tale_ray.results.summary import summarize
 from tale_ray.store.reader import RunReader
 from tale_ray.store.study import StudyFolder
 
-RESULTS = ("baseline", "best", "bsba", "final", "selected")
 COUNTED = ("selected", "final")  # results of which it is counted how often they remove each layer
 
 

@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tale_ray.records import Score
-from tale_ray.results.held_out import comparison_json
+from tale_ray.results.held_out import RESULTS, comparison_json
 from tale_ray.results.statistics import PairedComparison, wilson_interval
 
-RESULTS = ("baseline", "best", "bsba", "final", "selected")
 _NEXT_STEPS = {
     "running": "look again with: tale-ray show {run}",
     "finished": "score a result on another task with: tale-ray evaluate --run {run} --pick {pick} --task T --split all",
