@@ -202,7 +202,7 @@ def real_tasks(folder: Path) -> dict[str, str]:
         "dataset_kwargs": {"data_files": {"test": f"{DATA_ROOT}/openai/gsm8k/main/test.parquet"}},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_text": "Question: {{question}}\nAnswer: To find the answer, we",  # else many replies end at once
         "doc_to_target": "{{answer.split('####')[-1].strip()}}",
         "generation_kwargs": {"until": ["Question:", "\n\n\n"], "max_gen_toks": 24, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
