@@ -14,7 +14,7 @@ from tale_ray.attempt.study import SeedStarted
 from tale_ray.records import Round, Score
 from tale_ray.results.tables import count_text
 from tale_ray.search.driver import HeldOutScored, RoundFinished, RoundSelected, ScoringStarted, SearchEnded
-from tale_ray.search.pool import ScoringAdvanced, UnitRetried, WorkersChanged
+from tale_ray.search.pool import ScoringAdvanced, UnitDoubled, UnitRetried, WorkersChanged
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.uris import strip_credentials
 
@@ -95,6 +95,10 @@ class Display:
                 self._say(_round_line(entry))
             case UnitRetried(unit, scope, reason):
                 self._say(f"unit {unit} of {scope} is tried again: {_last_line(reason)}")
+            case UnitDoubled(unit, scope, late, seconds):
+                self._say(
+                    f"unit {unit} of {scope} has been with {late} for {seconds:.0f} s; another worker gets it, too"
+                )
             case WorkersChanged(worker, num_workers, lost_because):
                 change = "joined" if lost_because is None else f"is lost ({_last_line(lost_because)})"
                 self._say(f"{worker} {change}; {count_text(num_workers, 'worker')}")

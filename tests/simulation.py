@@ -11,6 +11,8 @@ from fractions import Fraction
 
 from tale_ray.records import CandidateAnswers, Example, ModelInfo, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.search.instructions import Instruction, Submit
+from tale_ray.search.scheduler import Scoring
 
 MODEL = ModelInfo(num_layers=6, family="simulated", digest="0" * 64, dtype="float32", device="none", load_seconds=0.5)
 
@@ -114,6 +116,14 @@ def examples(count: int, prefix: str = "row") -> tuple[Example, ...]:
         )
         for number in range(count)
     )
+
+
+def scoring(num_rows: int = 10, candidates: tuple[int | None, ...] = (0, 1, 2, 3)) -> Scoring:
+    return Scoring(scope="round-0001", split="search", removed=(), candidates=candidates, num_rows=num_rows)
+
+
+def submitted(instructions: list[Instruction]) -> list[Submit]:
+    return [each for each in instructions if isinstance(each, Submit)]
 
 
 @dataclass(frozen=True)

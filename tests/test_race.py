@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from tale_ray.records import CandidateAnswers, RowAnswer, UnitResult, WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from tale_ray.search.instructions import GiveUp, Keep, Submit
 from tale_ray.search.pace import UnitShape
 from tale_ray.search.race import Standing, still_racing
-from tale_ray.search.scheduler import GiveUp, Keep, Race, Scheduler, Scoring, Submit
+from tale_ray.search.scheduler import Race, Scheduler, Scoring
 
 Matrix = list[list[bool]]  # by candidate, by row
 

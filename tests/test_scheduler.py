@@ -5,22 +5,15 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import Table
+from simulation import Table, scoring, submitted
 
 from tale_ray.records import WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from tale_ray.search.instructions import GiveUp, Keep, Retry, Submit
 from tale_ray.search.pace import UnitShape
-from tale_ray.search.scheduler import MAX_TRIES, GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit
+from tale_ray.search.scheduler import MAX_TRIES, Scheduler
 
 TABLE = Table(seed=1)
-
-
-def scoring(num_rows: int = 10, candidates: tuple[int | None, ...] = (0, 1, 2, 3)) -> Scoring:
-    return Scoring(scope="round-0001", split="search", removed=(), candidates=candidates, num_rows=num_rows)
-
-
-def submitted(instructions: list[Instruction]) -> list[Submit]:
-    return [each for each in instructions if isinstance(each, Submit)]
 
 
 def run_all(scheduler: Scheduler, *workers: str) -> list[WorkUnit]:

@@ -16,10 +16,11 @@ from tale_ray.records import ModelInfo, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import baseline_answers, selected_result
 from tale_ray.results.statistics import PairedComparison, compare
 from tale_ray.results.summary import stored_history
+from tale_ray.search.instructions import Keep
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
-from tale_ray.search.scheduler import Keep, Scheduler, Scoring
+from tale_ray.search.scheduler import Scoring
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import AnswerSheet
 from tale_ray.tasks.splits import digest_rows
@@ -144,12 +145,7 @@ def run_evaluation(
         answers: dict[SplitName, tuple[RowAnswer, ...]] = {}
         for name in chosen:
             scoring = Scoring("evaluation", name, config.strategy.remove, (None,), len(prepared.examples[name]))
-            scheduler = Scheduler(
-                scoring,
-                Pace(info.num_layers, questions.max_new_tokens),
-                workers=pool.workers,
-                units_per_worker=pool.units_per_worker,
-            )
+            scheduler = pool.scheduler(scoring, Pace(info.num_layers, questions.max_new_tokens))
             for step in pool.run(scheduler):
                 if not isinstance(step, Keep):
                     yield step

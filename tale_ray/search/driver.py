@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 from tale_ray.errors import BaselineZero
 from tale_ray.records import CandidateScore, Example, Round, Score, SplitName, StopReason, Work
 from tale_ray.search.history import History
+from tale_ray.search.instructions import Keep
 from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
-from tale_ray.search.scheduler import Keep, Race, Scheduler, Scoring
+from tale_ray.search.scheduler import Race, Scheduler, Scoring
 from tale_ray.search.strategy import Strategy
 from tale_ray.store.layout import round_scope
 from tale_ray.store.run import RunWriter
@@ -284,8 +285,7 @@ class Driver:
         known = self._writer.reader.unit_results(scoring.scope)
         for result in known:  # as fast as an earlier attempt was
             self._pace.note(result)
-        homes = self._homes.get(scoring.split, {})
-        scheduler = Scheduler(scoring, self._pace, known, self._pool.workers, homes, self._pool.units_per_worker)
+        scheduler = self._pool.scheduler(scoring, self._pace, known, self._homes.get(scoring.split, {}))
         yield ScoringStarted(scoring, self.history, scheduler.done_cells, scheduler.total_cells)
         try:
             for step in self._pool.run(scheduler):

@@ -29,11 +29,22 @@ class WorkerJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """A worker will be gone soon: it takes no more units, and those that it has may still be finished."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker is gone, and with it every unit that it had."""
+    """A worker is gone, and with it every unit that it had.
+
+    `is_suspect`: the unit that it was computing may be the cause; not so if the node under it was taken away.
+    """
 
     worker: str
     reason: str
+    is_suspect: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class UnitFailed:
     refusal: TaleRayError | None = None
 
 
-WorkerEvent: TypeAlias = WorkerJoined | WorkerLost | UnitDone | UnitFailed
+WorkerEvent: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | UnitDone | UnitFailed
 
 
 class Executor(Protocol):

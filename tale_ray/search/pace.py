@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tale_ray.records import UnitResult
+from tale_ray.records import UnitResult, WorkUnit
 
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
 STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
@@ -48,6 +48,10 @@ class UnitShape:
         """Return that it always does."""
         return True
 
+    def seconds(self, unit: WorkUnit) -> float | None:  # noqa: ARG002
+        """Return that it does not know."""
+        return None
+
     def note(self, result: UnitResult) -> None:
         """Learn nothing."""
 
@@ -61,6 +65,10 @@ class Pacer(Protocol):
 
     def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
         """Return whether so much is left that leaving candidates out early is worth more units."""
+        ...
+
+    def seconds(self, unit: WorkUnit) -> float | None:
+        """Return how long a unit should take; None: not known yet."""
         ...
 
     def note(self, result: UnitResult) -> None:
@@ -133,6 +141,13 @@ class Pace:
         fixed, application = self.speed
         left = application * row_applications(self.num_layers, removed, candidates) * rows
         return left > max(2 * LEAST_UNIT_SECONDS, RACE_SHARE * fixed)
+
+    def seconds(self, unit: WorkUnit) -> float | None:
+        """Return how long a unit should take, by the speed of the latest ones."""
+        if self.speed is None:
+            return None
+        fixed, application = self.speed
+        return fixed + application * row_applications(self.num_layers, unit.removed, unit.candidates) * len(unit.rows)
 
     def note(self, result: UnitResult) -> None:
         """Learn the speed from a unit."""

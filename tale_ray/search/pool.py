@@ -1,14 +1,18 @@
 """The workers of one attempt, and the loop that passes their events to a scheduler and its units to them."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
 
 from tale_ray.errors import PoisonUnit
-from tale_ray.records import CandidateScore
-from tale_ray.search.executor import Executor, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.records import CandidateScore, UnitResult, WorkUnit
+from tale_ray.search.executor import Executor, UnitFailed, WorkerEvent, WorkerJoined, WorkerLeaving, WorkerLost
+from tale_ray.search.instructions import Double, GiveUp, Instruction, Keep, Retry, Submit, Tick
 from tale_ray.search.interruption import Interruption
-from tale_ray.search.scheduler import GiveUp, Instruction, Keep, Retry, Scheduler, Scoring, Submit
+from tale_ray.search.pace import Pacer
+from tale_ray.search.scheduler import Scheduler, Scoring
 
 POLL_SECONDS = 1.0
 
@@ -42,17 +46,43 @@ class WorkersChanged:
     lost_because: str | None
 
 
-PoolEvent: TypeAlias = ScoringAdvanced | UnitRetried | WorkersChanged
+@dataclass(frozen=True, slots=True)
+class UnitDoubled:
+    """A unit takes far too long on a worker, and was given to a second one, too."""
+
+    unit: int
+    scope: str
+    late: str
+    seconds: float
+
+
+PoolEvent: TypeAlias = ScoringAdvanced | UnitRetried | UnitDoubled | WorkersChanged
 
 
 class Pool:
-    """An executor and the workers that have joined it so far."""
+    """An executor and the workers that take units of it now, in order of joining."""
 
-    def __init__(self, executor: Executor, interruption: Interruption) -> None:
-        self.workers: dict[str, None] = {}  # in order of joining
-        self.units_per_worker = executor.units_per_worker
+    def __init__(
+        self, executor: Executor, interruption: Interruption, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.workers: dict[str, None] = {}
+        self._units_per_worker = executor.units_per_worker
+        self._left_over: dict[str, tuple[WorkUnit, ...]] = {}  # units of finished scorings that workers still compute
         self._executor = executor
         self._interruption = interruption
+        self._clock = clock
+
+    def scheduler(
+        self,
+        scoring: Scoring,
+        pacer: Pacer,
+        known: Iterable[UnitResult] = (),
+        homes: Mapping[int, str] = MappingProxyType({}),
+    ) -> Scheduler:
+        """Return a scheduler of the workers as they are now."""
+        return Scheduler(
+            scoring, pacer, known, self.workers, homes, self._units_per_worker, self._left_over, self._clock()
+        )
 
     def run(self, scheduler: Scheduler) -> Iterator[Keep | PoolEvent]:
         """Work until the scheduler is finished. A `Keep` is to be stored before the next step is asked for.
@@ -69,16 +99,20 @@ class Pool:
             for event in events:
                 yield from self._note(event)
                 yield from self._obey(scheduler.handle(event))
+            yield from self._obey(scheduler.handle(Tick(self._clock())))
             yield ScoringAdvanced(
                 scheduler.scoring, scheduler.done_cells, scheduler.total_cells, _leader(scheduler), len(self.workers)
             )
             self._interruption.check()
+        self._left_over = scheduler.left_over
 
     def _note(self, event: WorkerEvent) -> Iterator[PoolEvent]:
         match event:
             case WorkerJoined(worker):
                 self.workers[worker] = None
                 yield WorkersChanged(worker, len(self.workers), None)
+            case WorkerLeaving(worker):
+                self.workers.pop(worker, None)
             case WorkerLost(worker, reason):
                 self.workers.pop(worker, None)
                 yield WorkersChanged(worker, len(self.workers), reason)
@@ -94,6 +128,8 @@ class Pool:
                     yield instruction
                 case Retry(unit, reason):
                     yield UnitRetried(unit.number, unit.scope, reason)
+                case Double(unit, late, seconds):
+                    yield UnitDoubled(unit.number, unit.scope, late, seconds)
                 case GiveUp(unit, reason):
                     raise PoisonUnit(
                         f"unit {unit.number} of {unit.scope} (candidates {unit.candidates}, rows {unit.rows}) failed "

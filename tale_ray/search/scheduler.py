@@ -1,27 +1,30 @@
 """Which worker does what: a pure state machine, events in, instructions out. No clock, no I/O, no threads.
 
 One scheduler lives for one *scoring*: some candidates on the rows of one split. It cuts what is missing into units,
-keeps every worker busy, gives a failed unit to another worker, sums up the answers, and leaves out candidates that
-cannot win any more. Sums over sets of (candidate, row) cells do not depend on
-the order in which they arrive, so neither does any decision.
+keeps every worker busy, gives a failed unit to another worker, and one that takes far too long to a second one, sums up
+the answers, and leaves out candidates that cannot win any more. Sums over sets of (candidate, row) cells do not depend
+on the order in which they arrive, so neither does any decision.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
 from types import MappingProxyType
-from typing import TypeAlias
 
 from tale_ray.records import CandidateScore, RowAnswer, SplitName, UnitResult, Work, WorkUnit
+from tale_ray.search.assignments import UNITS_PER_WORKER, Assignment, Assignments
 from tale_ray.search.cells import OpenCells
-from tale_ray.search.executor import UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.search.executor import UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLeaving, WorkerLost
+from tale_ray.search.instructions import Double, GiveUp, Instruction, Keep, Retry, Submit, Tick
 from tale_ray.search.pace import Left, Pacer
 from tale_ray.search.race import Standing, expected_correct, probe_rows, still_racing
 
-UNITS_PER_WORKER = 2
 MAX_TRIES = 4
+LATE_FACTOR = 4  # a unit is late after so many times the seconds that were to be expected
+LATE_SECONDS = 10.0  # but not before
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,47 +50,6 @@ class Scoring:
     num_rows: int
     race: Race | None = None
     row_order: tuple[int, ...] | None = None  # the rows that tell most come first; None: as they are
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Send the unit to the worker."""
-
-    worker: str
-    unit: WorkUnit
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """The result is new: store it."""
-
-    result: UnitResult
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """The unit was lost and will be tried again."""
-
-    unit: WorkUnit
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """The unit failed on every try."""
-
-    unit: WorkUnit
-    reason: str
-
-
-Instruction: TypeAlias = Submit | Keep | Retry | GiveUp
-
-
-@dataclass(slots=True)
-class _Pending:
-    unit: WorkUnit
-    tries: int = 0
-    last_worker: str | None = None
 
 
 @dataclass(slots=True)
@@ -117,6 +79,8 @@ class Scheduler:
         workers: that are there already.
         homes: which worker has scored a row before, and remembers what it computed for it.
         units_per_worker: one that runs, and those that wait so that no worker idles for a round trip.
+        left_over: units of earlier scorings that workers still compute.
+        now: seconds on the clock that `Tick` tells.
     """
 
     def __init__(
@@ -127,6 +91,8 @@ class Scheduler:
         workers: Iterable[str] = (),
         homes: Mapping[int, str] = MappingProxyType({}),
         units_per_worker: int = UNITS_PER_WORKER,
+        left_over: Mapping[str, Sequence[WorkUnit]] = MappingProxyType({}),
+        now: float = 0.0,
     ) -> None:
         self.scoring = scoring
         self.homes = dict(homes)
@@ -134,12 +100,13 @@ class Scheduler:
         self.retries = 0
         self.wasted_rows = 0
         self._pacer = pacer
-        self._units_per_worker = units_per_worker
+        self._now = now
         self._tallies = {candidate: _Tally() for candidate in scoring.candidates}
         self._done = 0
         self._next_number = 0
-        self._busy: dict[str, dict[int, _Pending]] = {worker: {} for worker in workers}  # in order of submission
-        self._lost: deque[_Pending] = deque()  # units to be tried again
+        self._assigned = Assignments(workers, units_per_worker, left_over)
+        self._doubled: set[int] = set()  # numbers of units
+        self._lost: deque[Assignment] = deque()  # units to be tried again
         self._order = scoring.row_order or tuple(range(scoring.num_rows))
         self._cells = OpenCells(scoring.candidates, self._order)
         race = scoring.race
@@ -165,8 +132,13 @@ class Scheduler:
 
     @property
     def finished(self) -> bool:
-        """Every candidate is scored on every row, or cannot win any more, and no unit is under way."""
-        return self.done_cells == self.total_cells and not any(self._busy.values())
+        """Every candidate is scored on every row, or cannot win any more, and no unit is awaited."""
+        return self.done_cells == self.total_cells and not self._assigned.under_way
+
+    @property
+    def left_over(self) -> dict[str, tuple[WorkUnit, ...]]:
+        """Units that are still computed although nobody waits for them, by worker."""
+        return self._assigned.left_over
 
     def scores(self) -> tuple[CandidateScore, ...]:
         """Return the candidates' scores so far, in the scoring's order."""
@@ -201,22 +173,31 @@ class Scheduler:
         """Return the first instructions, for the workers that were there from the beginning."""
         return list(self._fill())
 
-    def handle(self, event: WorkerEvent) -> list[Instruction]:
+    def handle(self, event: WorkerEvent | Tick) -> list[Instruction]:
         """Return what is to be done about an event."""
         match event:
+            case Tick(now):
+                self._now = now
+                return list(self._double_late())
             case WorkerJoined(worker):
-                self._busy.setdefault(worker, {})
+                self._assigned.join(worker)
                 return list(self._fill())
-            case WorkerLost(worker, reason):
-                return [*self._lose(worker, reason), *self._fill()]
+            case WorkerLeaving(worker):
+                self._assigned.leave(worker)
+                return []
+            case WorkerLost(worker, reason, is_suspect):
+                return [*self._lose(worker, reason, is_suspect), *self._fill()]
             case UnitFailed(worker, unit, error):
-                pending = self._busy.get(worker, {}).pop(unit.number, None)
-                return [] if pending is None else [*self._again(pending, worker, error), *self._fill()]
+                failed = self._assigned.take_back(worker, unit, self._now)
+                again = () if failed is None or failed.settled else self._again(failed, worker, error)
+                return [*again, *self._fill()] if failed is not None else []
             case UnitDone(worker, result):
-                pending = self._busy.get(worker, {}).pop(result.unit.number, None)
-                if pending is None:  # given to another worker in the meantime
+                done = self._assigned.take_back(worker, result.unit, self._now)
+                if done is None or done.settled:  # given to another worker in the meantime
                     self.wasted_rows += result.unit.candidate_rows
-                    return []
+                    return [] if done is None else list(self._fill())
+                if done.unit.number in self._doubled:
+                    self._assigned.settle(done.key)
                 self._count(result)
                 self._pacer.note(result)
                 self.homes.update(dict.fromkeys(result.unit.rows, worker))
@@ -246,46 +227,76 @@ class Scheduler:
         )
         return frozenset(still_racing(standings, self.scoring.num_rows, self.scoring.race.floor))
 
-    def _lose(self, worker: str, reason: str) -> Iterator[Instruction]:
-        """Requeue all units of a worker. Only the oldest was running, so only that one is suspected and charged."""
-        units = list(self._busy.pop(worker, {}).values())
-        for pending in reversed(units[1:]):
-            self._lost.appendleft(pending)
-        for pending in units[:1]:
-            yield from self._again(pending, worker, reason)
+    def _lose(self, worker: str, reason: str, is_suspect: bool) -> Iterator[Instruction]:
+        """Requeue all units of a worker; none but the one that it was computing is charged with a try."""
+        units = self._assigned.lose(worker)
+        for each in reversed(units[1:]):
+            if not each.settled and self._assigned.copy_of(each.key) is None:
+                self._lost.appendleft(each)
+        if units and not units[0].settled:
+            yield from self._again(units[0], worker, reason, is_charged=is_suspect)
 
-    def _again(self, pending: _Pending, worker: str, reason: str) -> Iterator[Instruction]:
-        tried = replace(pending, tries=pending.tries + 1, last_worker=worker)
+    def _again(self, failed: Assignment, worker: str, reason: str, *, is_charged: bool = True) -> Iterator[Instruction]:
+        tried = replace(failed, tries=failed.tries + is_charged, last_worker=worker)
         self.wasted_rows += tried.unit.candidate_rows
         if tried.tries >= MAX_TRIES:
             yield GiveUp(tried.unit, reason)
             return
         self.retries += 1
-        self._lost.appendleft(tried)
         yield Retry(tried.unit, reason)
+        if (copy := self._assigned.copy_of(tried.key)) is not None:
+            copy.tries = max(copy.tries, tried.tries)
+        else:
+            self._lost.appendleft(tried)
 
     def _fill(self) -> Iterator[Instruction]:
         """Give every worker its units, the emptiest first; never two to one worker while another has none."""
-        for load in range(self._units_per_worker):
-            for worker, busy in self._busy.items():
-                if len(busy) <= load and (pending := self._take(worker)) is not None:
-                    busy[pending.unit.number] = pending
-                    yield Submit(worker, pending.unit)
+        for worker in self._assigned.free():
+            if (taken := self._take(worker)) is not None:
+                self._assigned.give(worker, taken, self._now)
+                yield Submit(worker, taken.unit)
+            elif not self._lost:
+                return  # there is nothing for any other either
 
-    def _take(self, worker: str) -> _Pending | None:
+    def _take(self, worker: str) -> Assignment | None:
         """Return the next unit for a worker: a lost one, unless it just failed there and there is another worker."""
-        for pending in list(self._lost):
-            if pending.last_worker == worker and len(self._busy) > 1:
+        for lost in list(self._lost):
+            if lost.last_worker == worker and len(self._assigned) > 1:
                 continue
-            self._lost.remove(pending)
-            unit = pending.unit
+            self._lost.remove(lost)
+            unit = lost.unit
             for candidate in unit.candidates:
                 if candidate not in self._racing:
                     self._cells.open(candidate, unit.rows)  # it may come back, once nobody reaches the floor
             if candidates := tuple(each for each in unit.candidates if each in self._racing):
-                return replace(pending, unit=replace(unit, candidates=candidates))
+                return replace(lost, unit=replace(unit, candidates=candidates))
         chosen = self._choose(worker)
-        return None if chosen is None else _Pending(chosen)
+        return None if chosen is None else Assignment(chosen)
+
+    def _double_late(self) -> Iterator[Instruction]:
+        """Give the units of workers that take far too long to idle ones, too; await those no more that nobody needs."""
+        if not (idle := self._assigned.idle()):
+            return
+        late = [
+            (now_late, worker, each)
+            for worker, units in self._assigned.running()
+            if (now_late := self._now - units[0].running_since) > self._patience(units[0].unit)
+            for each in units
+            if not each.settled and each.unit.number not in self._doubled
+        ]
+        for seconds, worker, each in sorted(late, key=lambda found: -found[0]):
+            if self._racing.isdisjoint(each.unit.candidates):
+                each.settled = True
+            elif idle:
+                self._doubled.add(each.unit.number)
+                self._assigned.give(idle[0], replace(each, last_worker=worker), self._now)
+                yield Double(each.unit, worker, seconds)
+                yield Submit(idle.pop(0), each.unit)
+
+    def _patience(self, unit: WorkUnit) -> float:
+        """Return the seconds after which a unit is late."""
+        expected = self._pacer.seconds(unit)
+        return math.inf if expected is None else max(LATE_SECONDS, LATE_FACTOR * expected)
 
     # Which cells come next.
 
@@ -329,7 +340,7 @@ class Scheduler:
         """Return a unit of open cells of some candidates on some rows, those first that the worker remembers."""
 
         def is_at_home(row: int) -> bool:
-            return self.homes.get(row, worker) == worker or self.homes[row] not in self._busy
+            return self.homes.get(row, worker) == worker or self.homes[row] not in self._assigned
 
         found = self._cells.find(candidates, is_at_home, rows)
         first = next(found, None)
@@ -341,7 +352,7 @@ class Scheduler:
             rows=open_rows if rows is None else min(open_rows, len(rows)),
             all_rows=self.scoring.num_rows,
             all_candidates=self.scoring.candidates,
-            workers=len(self._busy),
+            workers=len(self._assigned),
             racing=racing,
         )
         shape = self._pacer.shape(self.scoring.removed, chosen, left)
