@@ -227,7 +227,7 @@ def paper_worker(**deaths: int) -> type:
                     continue
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def load(self, section: ModelSection, dtype: str) -> ModelInfo:
+        def load(self, section: ModelSection, dtype: str, halvings: int) -> ModelInfo:
             self._maybe_die("load")
             if bad and self._name != "worker-0":
                 time.sleep(1)  # the good one is first

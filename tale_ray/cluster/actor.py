@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from tale_ray.cluster.nodes import Place, here
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
@@ -19,16 +20,18 @@ class WorkerActor:
         if resources.gpus_per_worker == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor that asked for none
 
-    def place(self) -> str:
+    def place(self) -> Place:
         """Return where the actor runs: the first thing that can be known of it."""
-        return f"{os.uname().nodename}, pid {os.getpid()}"
+        return here()
 
-    def load(self, section: ModelSection, dtype: str) -> ModelInfo:
-        """Load the model; see `Worker`."""
+    def load(self, section: ModelSection, dtype: str, halvings: int) -> ModelInfo:
+        """Load the model; see `Worker`. `halvings`: how often its batch budget is halved, for memory ran out before."""
         from tale_ray.cluster.worker import Worker, limit_threads
 
         limit_threads(self._resources.cpus_per_worker)
         self._worker = Worker(self._name, section, dtype, self._resources)
+        for _ in range(halvings):
+            self._worker.halve_budget()
         info: ModelInfo = self._worker.info
         return info
 

@@ -1,30 +1,49 @@
 """Workers on Ray: actors that load the model once, replaced when they die.
 
 A worker that dies is replaced by a new actor under the same name (docs/adr says why Ray's own restarts are not
-used). The driver's process imports neither torch nor transformers.
+used), wherever there is room. A node that is told to go is left as soon as its workers have finished what they have.
+Without `--workers`, new nodes get workers when they appear. The driver's process imports neither torch nor
+transformers.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from tale_ray.cluster.actor import WorkerActor
-from tale_ray.cluster.connection import Head, check_feasible, connected, describe_cluster, describe_worker
+from tale_ray.cluster.connection import (
+    Head,
+    check_feasible,
+    connected,
+    describe_cluster,
+    describe_worker,
+    has_autoscaler,
+)
+from tale_ray.cluster.nodes import Nodes, Place, last_words
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, TaleRayError, WorkersLost
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
-from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
+from tale_ray.search.executor import (
+    Questions,
+    UnitDone,
+    UnitFailed,
+    WorkerEvent,
+    WorkerJoined,
+    WorkerLeaving,
+    WorkerLost,
+)
 
 logger = logging.getLogger("tale_ray.cluster")
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 3.0  # of patience with a head that is left anyway
+IDLE_SECONDS = 0.1  # between two looks while no worker has anything to do
 FETCH_SECONDS = 60.0  # for an answer that is ready
 MISSING_SECONDS = 5.0  # after the first worker has joined, until it is said that others have no place
 MAX_STARTS_IN_VAIN = 3  # of one worker, without a finished unit in between
@@ -41,6 +60,9 @@ class _Slot:
     loading: Any = None
     sharing: Any = None
     units: dict[Any, WorkUnit] = field(default_factory=dict)  # by object reference
+    place: Place | None = None
+    is_joined: bool = False
+    is_leaving: bool = False
     starts_in_vain: int = 0
 
     def calls(self) -> list[Any]:
@@ -63,6 +85,8 @@ class RayExecutor:
         self._name = name
         self._stack = contextlib.ExitStack()
         self._head: Head | None = None
+        self._nodes = Nodes()
+        self._halvings = 0  # of every worker's batch budget, learned from those that ran out of memory
         self._slots: list[_Slot] = []
         self._questions: Any = None
         self._info: ModelInfo | None = None
@@ -76,12 +100,12 @@ class RayExecutor:
         """Join or start the cluster, and check that a worker fits some node of it."""
         self._head = self._stack.enter_context(connected(self._resources.address))
         check_feasible(self._resources)
+        self._nodes.sees_drains = not self._head.address.startswith("ray://")
+        self._nodes.look()
 
     def load(self) -> ModelInfo:
         """Start the workers, and wait until the first has loaded the model."""
-        self._slots = [_Slot(name=f"worker-{number}") for number in range(self._num_workers())]
-        for slot in self._slots:
-            self._start(slot)
+        self._grow(self._resources.workers or max(1, self._nodes.num_places(self._resources)))
         info = self._loaded_slot().info
         assert info is not None
         return info
@@ -98,7 +122,7 @@ class RayExecutor:
             except RayError as error:
                 if (refusal := _refusal(error)) is not None:
                     raise refusal from None
-                _log_lost([self._lose(slot, _last_line(error))])
+                _log_lost([self._lose(slot, error)])
             else:
                 return rows
 
@@ -110,9 +134,10 @@ class RayExecutor:
                 slot.sharing = slot.actor.share.remote(self._questions)
 
     def submit(self, worker: str, unit: WorkUnit) -> None:
-        """Queue the unit at the worker's actor."""
+        """Queue the unit at the worker's actor; not if that was replaced, which an event under way tells."""
         slot = next(slot for slot in self._slots if slot.name == worker)
-        slot.units[slot.actor.score.remote(unit)] = unit
+        if slot.is_joined:
+            slot.units[slot.actor.score.remote(unit)] = unit
 
     def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:
         """Return what the workers have answered; waits for the first answer only."""
@@ -136,15 +161,11 @@ class RayExecutor:
 
     # Workers come and go.
 
-    def _num_workers(self) -> int:
-        """Return how many workers are started: as many as fit the cluster as it is, unless the number is given."""
-        if self._resources.workers is not None:
-            return self._resources.workers
-        present = ray.cluster_resources()
-        fits = int(present.get("CPU", 0) // self._resources.cpus_per_worker)
-        if self._resources.gpus_per_worker:
-            fits = min(fits, int(present.get("GPU", 0) // self._resources.gpus_per_worker))
-        return max(1, fits)
+    def _grow(self, num_workers: int) -> None:
+        """Start workers until there are so many."""
+        for number in range(len(self._slots), num_workers):
+            self._slots.append(_Slot(name=f"worker-{number}"))
+            self._start(self._slots[-1])
 
     def _start(self, slot: _Slot) -> None:
         actor_class = ray.remote(WorkerActor).options(
@@ -155,9 +176,8 @@ class RayExecutor:
             max_task_retries=0,
         )
         slot.actor = actor_class.remote(slot.name, self._resources)
-        slot.info = None
         slot.placing = slot.actor.place.remote()
-        slot.loading = slot.actor.load.remote(self._section, self._dtype)
+        slot.loading = slot.actor.load.remote(self._section, self._dtype, self._halvings)
 
     def _loaded_slot(self) -> _Slot:
         """Return a worker that has loaded the model; wait for one if need be. Loading may take any time."""
@@ -204,7 +224,7 @@ class RayExecutor:
                 describe_cluster(),
             )
 
-    def _lose(self, slot: _Slot, reason: str) -> WorkerLost:
+    def _lose(self, slot: _Slot, cause: RayError | str) -> WorkerLost:
         """Replace the actor, or give the worker up if it keeps dying.
 
         Raises:
@@ -213,26 +233,61 @@ class RayExecutor:
         """
         if self._head is not None:
             self._head.check()
-        ray.kill(slot.actor)
-        slot.units.clear()
-        slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = None
-        slot.starts_in_vain += 1
+        self._nodes.look()
+        is_node_gone = slot.place is not None and self._nodes.is_going(slot.place.node)
+        reason = cause if isinstance(cause, str) else _last_line(cause)
+        log = "" if isinstance(cause, str | RayTaskError) or is_node_gone else last_words(slot.place)
+        if isinstance(cause, OutOfMemoryError):
+            self._halvings += 1
+        slot.starts_in_vain += not is_node_gone
+        self._end(slot)
         if slot.starts_in_vain < MAX_STARTS_IN_VAIN:
             self._start(slot)
         elif all(other.actor is None for other in self._slots):
             raise WorkersLost(
                 f"every worker died {MAX_STARTS_IN_VAIN} times without finishing a unit; the last one because: "
-                f"{reason}. Look at its memory use; then go on with `tale-ray resume`"
+                f"{reason}. Look at its memory use; then go on with `tale-ray resume`\n{log}".rstrip()
             )
-        return WorkerLost(slot.name, reason)
+        return WorkerLost(slot.name, log + reason, is_suspect=not is_node_gone)
+
+    def _end(self, slot: _Slot) -> None:
+        ray.kill(slot.actor)
+        slot.units.clear()
+        slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = slot.place = None
+        slot.is_joined = slot.is_leaving = False
+
+    def _follow_nodes(self) -> Iterator[WorkerEvent]:
+        """Leave nodes that are told to go if there are others, and start workers on those that are new."""
+        known = self._nodes.resources.keys()
+        if not self._nodes.look_now_and_then():
+            return
+        num_places = self._nodes.num_places(self._resources)
+        for slot in self._slots if num_places or has_autoscaler() else ():
+            if slot.place is not None and slot.place.node in self._nodes.draining:
+                if not slot.is_leaving:
+                    slot.is_leaving = True
+                    yield WorkerLeaving(slot.name)
+                if not slot.units:
+                    self._end(slot)
+                    self._start(slot)
+                    yield WorkerLost(slot.name, "its node is going; it moves to another", is_suspect=False)
+        if self._nodes.resources.keys() - known:
+            for slot in self._slots:
+                if slot.actor is None:  # given up, but on other nodes
+                    slot.starts_in_vain = 0
+                    self._start(slot)
+        if self._resources.workers is None:
+            self._grow(num_places)
 
     # Answers.
 
     def _collect(self, timeout_seconds: float) -> list[WorkerEvent]:
         owners = {ref: slot for slot in self._slots for ref in slot.calls()}
-        if not owners:
-            return []
-        ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        if owners:
+            ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        else:
+            ready = []
+            time.sleep(min(timeout_seconds, IDLE_SECONDS))
         self._check_head()
         if ready:
             ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
@@ -242,6 +297,7 @@ class RayExecutor:
             if ref in owners[ref].calls()  # not one of a worker that was lost a moment ago
             for event in self._answer(owners[ref], ref)
         ]
+        events += self._follow_nodes()
         self._check_places()
         self._tell_of_missing()
         return events
@@ -252,9 +308,10 @@ class RayExecutor:
         except RayTaskError as error:
             return self._failed(slot, ref, error)
         except RayError as error:  # its process or node is gone, or what it answered cannot be fetched
-            return [self._lose(slot, _last_line(error))]
+            return [self._lose(slot, error)]
         if ref == slot.placing:
             logger.debug("%s runs at %s", slot.name, value)
+            slot.place = value
             slot.placing = None
             return []
         if ref == slot.loading:
@@ -264,6 +321,7 @@ class RayExecutor:
                 return [self._lose(slot, str(error))]
         if ref == slot.sharing:
             slot.sharing = None
+            slot.is_joined = True
             self._first_joined_at = self._first_joined_at or time.monotonic()
             return [WorkerJoined(slot.name)]
         del slot.units[ref]
@@ -292,7 +350,7 @@ class RayExecutor:
             return [UnitFailed(slot.name, slot.units.pop(ref), str(error), refusal)]
         if refusal is not None and self._info is None:  # no worker has loaded the model: the same anywhere
             raise refusal
-        return [self._lose(slot, str(refusal or _last_line(error)))]
+        return [self._lose(slot, error if refusal is None else str(refusal))]
 
 
 def _log_lost(events: Sequence[WorkerEvent]) -> None:

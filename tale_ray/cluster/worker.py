@@ -82,12 +82,16 @@ class Worker:
             except torch.cuda.OutOfMemoryError:
                 pass  # the error holds the batch in its traceback: it is over before the memory is counted
             torch.cuda.empty_cache()
-            self._scorer.halve_budget()  # below one row the budget itself is refused
-            logger.warning(
-                "%s is out of GPU memory; from now on it works in %.1f MiB at most",
-                self._name,
-                self._scorer.budget.total / 2**20,
-            )
+            self.halve_budget()  # below one row the budget itself is refused
+
+    def halve_budget(self) -> None:
+        """Work with half of the memory from now on, as what there was ran out."""
+        self._scorer.halve_budget()
+        logger.warning(
+            "%s is out of memory; from now on it works in %.1f MiB at most",
+            self._name,
+            self._scorer.budget.total / 2**20,
+        )
 
 
 def keep_heap() -> None:
