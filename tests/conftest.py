@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray reads them when it is imported
 
 TESTS = str(Path(__file__).parent)
+# Actors made in tests import what tests import.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 CLUSTER_CPUS = 6
 CLUSTER_GPUS = 4
 
@@ -29,8 +31,6 @@ def ray_address() -> Iterator[str]:
         "include_dashboard": False,
         "_system_config": {"prestart_worker_first_driver": False},
     }
-    # Actors made in tests import what tests import.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster.address
     cluster.shutdown()

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,20 @@ import torch
 import yaml
 from conftest import CLUSTER_CPUS, CLUSTER_GPUS
 from families import save_tiny, score_unit, tiny_prompts
-from simulation import MODEL, Table, examples
+from paper import QUESTIONS, wait_for
+from paper import executor_fixture as executor_fixture
+from paper import paper_fixture as paper_fixture
 
 from tale_ray.api import Run, make_config, search
 from tale_ray.attempt.search import run_search
-from tale_ray.cluster.actor import WorkerActor
-from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.errors import InfeasibleError, Interrupted, ModelError, PoisonUnit, WorkersLost
+from tale_ray.config import ModelSection
+from tale_ray.errors import InfeasibleError, Interrupted
 from tale_ray.model.load import load_model
-from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import PromptRow, WorkUnit
 from tale_ray.search.executor import Questions, UnitDone, WorkerJoined, WorkerLost
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import Pace, UnitShape
-from tale_ray.search.pool import Pool, ScoringAdvanced
-from tale_ray.search.scheduler import Scheduler, Scoring
+from tale_ray.search.pool import ScoringAdvanced
 from tale_ray.tasks.prompts import encode
 from tale_ray.tasks.spec import AnswerSpec
 
@@ -42,15 +41,6 @@ ANSWER = AnswerSpec(type="regex", pattern=r"(t\d+)")
 NUM_ROWS = 48
 ROWS = [PromptRow(prompt, "t9") for prompt in tiny_prompts(NUM_ROWS)]
 MARK = "TALE_RAY_TEST_SESSION"
-TABLE = Table(seed=1)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.01)
-    return found
 
 
 def workers_of_this_session(title: str = "ray::") -> list[psutil.Process]:
@@ -69,23 +59,6 @@ def workers_of_this_session(title: str = "ray::") -> list[psutil.Process]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     return save_tiny("llama", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def executor(ray_address: str) -> Iterator[Callable[..., Any]]:
-    """Makes executors on the session's cluster that are closed in the end."""
-    from tale_ray.cluster.ray_executor import RayExecutor
-
-    made: list[RayExecutor] = []
-
-    def make(model: str | Path = "simulated", address: str = ray_address, **resources: Any) -> RayExecutor:
-        section = ResourceSection(address=address, **resources)
-        made.append(RayExecutor(ModelSection(model=str(model)), "float32", section))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 # A worker that is killed.
@@ -209,109 +182,6 @@ def test_a_search_that_loses_a_worker_decides_the_same(
     assert summary["work"]["retries"] >= 1
 
 
-# Workers that always die, or die at a bad moment. They are made of paper: no model is loaded.
-
-
-def paper_worker(**deaths: int) -> type:
-    """A worker class that answers by a table; its process dies in the methods named, so many times."""
-    folder = deaths.pop("folder", None)
-    bad: Any = deaths.pop("bad", None)  # how worker-1 is on a bad node
-
-    class Paper(WorkerActor):
-        def _maybe_die(self, method: str) -> None:
-            for number in range(deaths.get(method, 0)):
-                death = Path(str(folder)) / f"{method}-{number}"
-                try:
-                    death.touch(exist_ok=False)
-                except FileExistsError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def load(self, section: ModelSection, dtype: str, halvings: int) -> ModelInfo:
-            self._maybe_die("load")
-            if bad and self._name != "worker-0":
-                time.sleep(1)  # the good one is first
-                if bad == "refuses":
-                    raise ModelError("no such folder here")
-                return replace(MODEL, digest="f" * 64)
-            return MODEL
-
-        def encode(self, rows: Sequence[Any]) -> tuple[PromptRow, ...]:
-            self._maybe_die("encode")
-            return tuple(PromptRow((1, 2), row.target) for row in rows)
-
-        def share(self, questions: Questions) -> None:
-            self._maybe_die("share")
-
-        def score(self, unit: WorkUnit) -> UnitResult:
-            if 0 in unit.rows:
-                self._maybe_die("score")
-            return TABLE.score(unit, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-
-    return Paper
-
-
-@pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    def use(**deaths: Any) -> None:
-        monkeypatch.setattr("tale_ray.cluster.ray_executor.WorkerActor", paper_worker(folder=tmp_path, **deaths))
-
-    return use
-
-
-def scored(ray: Any) -> Scheduler:
-    """A scoring from the first call of an executor to the last unit."""
-    ray.connect()
-    assert ray.load() == MODEL
-    assert ray.encode(examples(3)) == (PromptRow((1, 2), "yes"),) * 3
-    ray.share(Questions({"search": ROWS}, ANSWER, 1))
-    scoring = Scoring("round-0001", "search", (), (0, 1, 2), 24)
-    scheduler = Scheduler(scoring, UnitShape(rows=4, candidates=3))
-    for _ in Pool(ray, Interruption()).run(scheduler):
-        pass
-    return scheduler
-
-
-@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
-def test_a_worker_that_dies_twice_at_one_moment(executor: Callable[..., Any], paper: Any, method: str) -> None:
-    paper(**{method: 2})
-    scheduler = scored(executor(workers=1))
-    answers = [TABLE.correct(row, (1,)) for row in range(24)]
-    assert [answer.correct for answer in scheduler.answers(1)] == answers
-    assert scheduler.retries == (2 if method == "score" else 0)
-
-
-@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
-def test_a_worker_that_always_dies(executor: Callable[..., Any], paper: Any, method: str) -> None:
-    paper(**{method: 99})
-    with pytest.raises(WorkersLost, match=r"died 3 times [^\n]*tale-ray resume"):
-        scored(executor(workers=1))
-
-
-def test_a_unit_that_kills_every_worker(executor: Callable[..., Any], paper: Any) -> None:
-    paper(score=99)
-    with pytest.raises(PoisonUnit, match=r"unit 0 of round-0001 .* failed on every try"):
-        scored(executor(workers=2))
-
-
-@pytest.mark.parametrize(("bad", "reason"), [("refuses", "no such folder here"), ("differs", "loaded another model")])
-def test_a_bad_node_is_lost_and_the_others_go_on(
-    executor: Callable[..., Any], paper: Any, bad: str, reason: str
-) -> None:
-    paper(bad=bad)
-    ray = executor(workers=2)
-    ray.connect()
-    assert ray.load() == MODEL
-    ray.share(Questions({"search": ROWS}, ANSWER, 1))
-    seen: list[Any] = []
-    wait_for(lambda: seen.extend(ray.poll(1.0)) or sum(isinstance(each, WorkerLost) for each in seen) == 3)
-    assert WorkerJoined("worker-0") in seen
-    assert all(each.worker == "worker-1" and reason in each.reason for each in seen if isinstance(each, WorkerLost))
-    ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
-    (done,) = wait_for(lambda: ray.poll(1.0))
-    assert isinstance(done, UnitDone)
-
-
 # Places.
 
 
@@ -319,7 +189,7 @@ def visible_gpus(ray: Any, count: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of the workers, `count` of which join."""
     ray.connect()
     ray.load()
-    ray.share(Questions({"search": ROWS}, ANSWER, 1))
+    ray.share(QUESTIONS)
     found: dict[str, str] = {}
 
     def all_answered() -> bool:

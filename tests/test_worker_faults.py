@@ -1,0 +1,61 @@
+"""Workers that always die, or die at a bad moment. They are made of paper: no model is loaded."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from paper import QUESTIONS, TABLE, scored, wait_for
+from paper import executor_fixture as executor_fixture
+from paper import paper_fixture as paper_fixture
+from simulation import MODEL
+
+from tale_ray.errors import PoisonUnit, WorkersLost
+from tale_ray.records import WorkUnit
+from tale_ray.search.executor import UnitDone, WorkerJoined, WorkerLost
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
+def test_a_worker_that_dies_twice_at_one_moment(executor: Callable[..., Any], paper: Any, method: str) -> None:
+    paper(**{method: 2})
+    scheduler = scored(executor(workers=1))
+    answers = [TABLE.correct(row, (1,)) for row in range(24)]
+    assert [answer.correct for answer in scheduler.answers(1)] == answers
+    assert scheduler.retries == (2 if method == "score" else 0)
+
+
+@pytest.mark.parametrize("method", ["load", "encode", "share", "score"])
+def test_a_worker_that_always_dies(executor: Callable[..., Any], paper: Any, method: str) -> None:
+    paper(**{method: 99})
+    with pytest.raises(WorkersLost, match=r"died 3 times [^\n]*tale-ray resume"):
+        scored(executor(workers=1))
+
+
+def test_a_unit_that_kills_every_worker(executor: Callable[..., Any], paper: Any) -> None:
+    paper(score=99)
+    with pytest.raises(PoisonUnit, match=r"unit 0 of round-0001 .* failed on every try") as found:
+        scored(executor(workers=2))
+    assert re.search(
+        r"its log is /.*worker-.*\.err on .*:\n(.*\n)*?  these were the last words of worker-\d\n", str(found.value)
+    )
+    assert "its worker process has died" in str(found.value).splitlines()[-1]
+
+
+@pytest.mark.parametrize(("bad", "reason"), [("refuses", "no such folder here"), ("differs", "loaded another model")])
+def test_a_bad_node_is_lost_and_the_others_go_on(
+    executor: Callable[..., Any], paper: Any, bad: str, reason: str
+) -> None:
+    paper(bad=bad)
+    ray = executor(workers=2)
+    ray.connect()
+    assert ray.load() == MODEL
+    ray.share(QUESTIONS)
+    seen: list[Any] = []
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or sum(isinstance(each, WorkerLost) for each in seen) == 3)
+    assert WorkerJoined("worker-0") in seen
+    assert all(each.worker == "worker-1" and reason in each.reason for each in seen if isinstance(each, WorkerLost))
+    ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
+    (done,) = wait_for(lambda: ray.poll(1.0))
+    assert isinstance(done, UnitDone)
