@@ -268,9 +268,13 @@ class Scheduler:
         """Give every worker its units, the emptiest first; never two to one worker while another has none."""
         for load in range(self._units_per_worker):
             for worker, busy in self._busy.items():
-                if len(busy) <= load and (pending := self._take(worker)) is not None:
+                if len(busy) > load:
+                    continue
+                if (pending := self._take(worker)) is not None:
                     busy[pending.unit.number] = pending
                     yield Submit(worker, pending.unit)
+                elif not self._lost:  # what is open is open to every worker: there is nothing for the others
+                    return
 
     def _take(self, worker: str) -> _Pending | None:
         """Return the next unit for a worker: a lost one, unless it just failed there and there is another worker."""
