@@ -10,6 +10,7 @@ from tale_ray.records import UnitResult, WorkUnit
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
 STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
+WRITE_SECONDS = 0.01  # that a file takes the driver, which writes those of all workers one after another
 LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
 RACE_UNITS = 3  # and where candidates may be out soon
 MOST_UNITS = 8  # that a worker would need for a whole scoring
@@ -126,12 +127,13 @@ class Pace:
         whole = application * row_applications(self.num_layers, removed, left.all_candidates)
         units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
         wanted = max(row * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
-        seconds = max(min(max(wanted, LEAST_UNIT_SECONDS), self._most_seconds), FIXED_SHARE * fixed)
+        least = max(LEAST_UNIT_SECONDS, WRITE_SECONDS * workers)
+        seconds = max(min(wanted, self._most_seconds), least, FIXED_SHARE * fixed)
         share = math.ceil(left.rows / workers)  # of a worker
         rows = max(1, min(int((seconds - fixed) / row), share))
         if self._decodes and share - rows < LEAST_REST * rows:
             rows = share
-        shares = max(row / (2 * self._most_seconds), workers / left.rows if row > LEAST_UNIT_SECONDS else 1)
+        shares = max(row / (2 * self._most_seconds), min(workers / left.rows, row / least))
         return UnitShape(rows, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
 
     def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
