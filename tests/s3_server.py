@@ -98,7 +98,7 @@ class S3Server:
 
     def _call(self, name: str, body: Any = None) -> Any:
         url = f"http://{self.endpoint}{_CONTROL}{name}"
-        request = urllib.request.Request(url, data=json.dumps(body).encode(), method="POST")  # noqa: S310
+        request = urllib.request.Request(url, data=json.dumps(body).encode(), method="POST")
         with urllib.request.urlopen(request, timeout=30) as reply:
             return json.loads(reply.read())
 

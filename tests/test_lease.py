@@ -18,6 +18,7 @@ from tale_ray.errors import LeaseHeld, LeaseLost, StorageAway, StoreError
 from tale_ray.store import Lease, RunReader, RunWriter, holder_state
 from tale_ray.store import files as store_files
 from tale_ray.store import lease as store_lease
+from tale_ray.store import local as store_local
 from tale_ray.store.documents import dump_json
 from tale_ray.store.files import Clock
 from tale_ray.store.lease import LEASE_SECONDS, machine_name, process_start
@@ -225,14 +226,14 @@ def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
 def test_a_claim_that_failed_after_it_wrote_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
 ) -> None:
-    real, failures = store_files._sync_folder, [OSError(errno.EIO, "away")]
+    real, failures = store_local.sync_folder, [OSError(errno.EIO, "away")]
 
     def fail_once(folder: Path) -> None:
         real(folder)
         if failures and (tmp_path / "lease.json").exists():
             raise failures.pop()
 
-    monkeypatch.setattr(store_files, "_sync_folder", fail_once)
+    monkeypatch.setattr(store_local, "sync_folder", fail_once)
     with RunWriter.claim(str(tmp_path), clock=time_.clock) as writer:
         writer.start_attempt({}, {})
     assert failures == []
@@ -246,7 +247,7 @@ def test_without_hard_links_or_locks_the_lease_settles(
         raise OSError(number, "not supported")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    monkeypatch.setattr(store_files.fcntl, "flock", refuse)
+    monkeypatch.setattr(store_local.fcntl, "flock", refuse)
     with RunWriter.claim(str(tmp_path), clock=time_.clock) as writer:
         assert time_.seconds == NOW + store_lease.SETTLE_SECONDS
         writer.start_attempt({}, {})
@@ -274,7 +275,7 @@ def test_a_rival_that_the_lock_does_not_reach_is_not_overwritten(
 def test_rivals_are_kept_out_between_look_and_takeover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
 ) -> None:
-    monkeypatch.setattr(store_files, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(store_local, "LOCK_SECONDS", 0.0)
     put_lease(tmp_path, replace(ME, expires=NOW))
     real, refusals = process_start, []
 
@@ -295,7 +296,7 @@ def test_rivals_are_kept_out_between_look_and_takeover(
 def test_a_lock_that_never_frees_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time_: FakeClock
 ) -> None:
-    monkeypatch.setattr(store_files, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(store_local, "LOCK_SECONDS", 0.0)
     with store_files.Files(str(tmp_path)).lock() as locked:
         assert locked
         with pytest.raises(StorageAway, match="taking the lease failed"):
@@ -332,7 +333,7 @@ def test_a_lease_stolen_while_a_file_is_written_leaves_no_file(
         put_lease(tmp_path, ELSEWHERE)
 
     with RunWriter.claim(str(tmp_path), clock=time_.clock) as writer:
-        monkeypatch.setattr(store_files.os, "fsync", steal)
+        monkeypatch.setattr(store_local.os, "fsync", steal)
         with pytest.raises(LeaseLost):
             writer.write_result("x", {})
         assert list((tmp_path / "results").iterdir()) == []
