@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote
 
-FaultKind = Literal["500", "501", "503", "drop", "lose_reply", "slow"]
-KINDS = ("500", "501", "503", "drop", "lose_reply", "slow")
+FaultKind = Literal["500", "501", "503", "drop", "lose_reply", "slow", "unconditional"]
+KINDS = ("500", "501", "503", "drop", "lose_reply", "slow", "unconditional")
 DROPPED = 0  # status in the log where no answer was sent
 
 _ERRORS = {
@@ -30,7 +30,8 @@ class Fault:
     """What happens to the requests that fit; of several faults that fit a request the first one happens.
 
     `500`, `501`, `503`: refused with that status, not performed. `drop`: not performed, the connection is cut.
-    `lose_reply`: performed, then the connection is cut. `slow`: performed, answered after `seconds`.
+    `lose_reply`: performed, then the connection is cut. `slow`: performed, answered after `seconds`. `unconditional`:
+    performed as if it had no conditions, as some stores do.
     """
 
     kind: FaultKind
@@ -125,6 +126,9 @@ class Faults:
             return refuse(start_response, line, code, method)
         if fault is not None and fault.kind == "drop":
             return _cut(environ)
+        if fault is not None and fault.kind == "unconditional":
+            for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+                environ.pop(name, None)
         status, sent, body = self._perform(environ)
         if fault is not None and fault.kind == "lose_reply":
             return _cut(environ)

@@ -56,6 +56,7 @@ class S3Server:
         port = self._process.stdout.readline().strip()
         assert port, "the server did not start: are moto[server] and boto3 installed?"
         self.endpoint = f"127.0.0.1:{port}"
+        self.forget()
         return self
 
     def __exit__(

@@ -46,7 +46,7 @@ SHEET = AnswerSheet(
 )
 
 
-def write_run(path: Path, rounds: int = 3) -> list[StoredRound]:
+def write_run(path: Path | str, rounds: int = 3) -> list[StoredRound]:
     """A run of `rounds` committed rounds, with one of everything."""
     with RunWriter.claim(str(path)) as writer:
         writer.write_manifest(MANIFEST)

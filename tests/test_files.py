@@ -1,17 +1,15 @@
 """Files are complete or absent: kills at any step, storage that fails, places that cannot be written, lost leases."""
 
-import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
-from stored_runs import MANIFEST, SHEET, WRITES, Weather, contents, make_round, make_unit, write_run
+from stored_runs import MANIFEST, SHEET, WRITES, Weather, contents, make_round, write_run
 
-from tale_ray.errors import LeaseLost, StorageAway, StoreError
+from tale_ray.errors import StorageAway, StoreError
 from tale_ray.records import Work
 from tale_ray.store import RunReader, RunWriter
 from tale_ray.store import files as store_files
@@ -148,37 +146,6 @@ def test_names_that_would_leave_the_folder_are_refused(tmp_path: Path) -> None:
         for name in ("../x", "a/b", "", ".x", "_x"):
             with pytest.raises(StoreError, match="cannot name a file"):
                 writer.write_result(name, {})
-
-
-def test_clean_keeps_what_is_needed(tmp_path: Path) -> None:
-    stored = write_run(tmp_path)
-    with RunWriter.claim(str(tmp_path)) as writer:
-        rejected = writer.write_round(make_round(3, committed=False), Work(), stored[-1].digest)
-        writer.write_answers(replace(SHEET, scope="round-0003"))  # rejected: its units serve a higher epsilon
-        for scope in ("round-0001", "round-0002", "round-0003", "test"):  # round 2 lacks answers
-            writer.write_unit(make_unit(scope=scope), ["a", "b"])
-        writer.clean()
-        assert writer.reader.partial_scopes() == ("round-0002", "round-0003", "test")
-        writer.drop_partials("round-0003")
-        writer.drop_partials("round-0003")
-        assert writer.reader.partial_scopes() == ("round-0002", "test")
-        assert writer.reader.rounds() == (*stored, rejected)
-
-
-def test_a_write_after_the_lease_is_lost_leaves_nothing(tmp_path: Path) -> None:
-    for write in WRITES:
-        run = tmp_path / write
-        write_run(run)
-        with RunWriter.claim(str(run)) as writer:
-            writer.reader.manifest()
-            lease = json.loads((run / "lease.json").read_text())
-            (run / "lease.json").write_text(json.dumps({**lease, "nonce": "other", "attempt": 9}))
-            before = contents(run)
-            for act in (WRITES[write], lambda writer: writer.drop_partials("round-0003"), RunWriter.clean):
-                with pytest.raises(LeaseLost, match=r"taken over by process \d+ .*attempt 9"):
-                    act(writer)
-            assert contents(run) == before
-        assert json.loads((run / "lease.json").read_text())["nonce"] == "other"
 
 
 def test_files_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

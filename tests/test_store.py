@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored_runs import CONFIG, MANIFEST, SHEET, files_of, link, make_round, make_unit, write_run
+from stored_runs import MANIFEST, SHEET, files_of, link, make_round, make_unit, write_run
 
 from tale_ray.config import ModelSection, ResourceSection, SearchConfig, StorageSection, TaskSection
 from tale_ray.errors import StoreError
@@ -129,26 +128,6 @@ def test_reading_tables_leaves_no_threads(tmp_path: Path) -> None:
     assert done.stdout.strip() == "0"
 
 
-def test_a_run_is_read_back_exactly(tmp_path: Path) -> None:
-    stored = write_run(tmp_path / "deep" / "run")
-    reader = RunReader(str(tmp_path / "deep" / "run"))
-    reader.check()
-    assert reader.exists()
-    assert reader.manifest() == MANIFEST
-    assert SearchConfig.from_json(reader.manifest().config) == CONFIG
-    assert reader.rounds() == tuple(stored)
-    assert [item.round for item in stored] == [make_round(number) for number in range(3)]
-    assert reader.partial_scopes() == ("round-0003",)
-    assert reader.unit_results("round-0003") == (make_unit(scope="round-0003"),)
-    assert reader.answers("round-0001") == SHEET
-    assert reader.result("test") == {"best": {"correct": 3}}
-    (attempt,) = reader.attempts()
-    assert (attempt.attempt, attempt.pid, attempt.how) == (1, psutil.Process().pid, "interrupted")
-    assert (attempt.options, attempt.versions) == ({"workers": 2}, {"torch": "2"})
-    assert reader.lease() is None
-    assert (reader.answers("none"), reader.result("none"), reader.unit_results("none")) == (None, None, ())
-
-
 def test_units_are_ordered_by_attempt_and_number(tmp_path: Path) -> None:
     order = []
     for _ in range(2):
@@ -159,17 +138,6 @@ def test_units_are_ordered_by_attempt_and_number(tmp_path: Path) -> None:
     for result in RunReader(str(tmp_path)).unit_results("round-0001"):
         order.append((result.worker, result.unit.number))
     assert order == [(attempt, number) for attempt in "12" for number in (3, 999_999, 1_000_001)]
-
-
-def test_a_reader_creates_nothing(tmp_path: Path) -> None:
-    reader = RunReader(str(tmp_path / "absent"))
-    assert reader.is_empty()
-    assert not reader.exists()
-    assert (reader.rounds(), reader.attempts(), reader.partial_scopes(), reader.lease()) == ((), (), (), None)
-    reader.check()
-    with pytest.raises(StoreError, match=r"is not a run: run\.json is missing"):
-        reader.manifest()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_tools_read_the_rounds(tmp_path: Path) -> None:
