@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no hub, and one Ray cluster for those that need one."""
+"""Shared by all tests: one thread, no hub, and one Ray cluster and one S3 server for those that need one."""
 
 import os
 import secrets
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import LocalPlace, Place, S3Place
+from s3_server import S3Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,3 +36,29 @@ def ray_address() -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster.address
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The session's S3 server in fair weather, its log empty, its credentials in the environment."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_process.plan()
+    s3_process.forget()
+    return s3_process
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty folder for a run, on each kind of storage."""
+    if request.param == "local":
+        return LocalPlace(tmp_path / "run")
+    return S3Place(request.getfixturevalue("s3_server"), f"{secrets.token_hex(4)}/run")

@@ -1,47 +1,28 @@
-"""The run folder: what was written is read back exactly, damage is named, and nothing is ever half there."""
+"""The run folder: what was written is read back exactly, damage is named, and no secret is stored."""
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import psutil
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored_runs import MANIFEST, SHEET, files_of, link, make_round, make_unit, write_run
 
 from tale_ray.config import ModelSection, ResourceSection, SearchConfig, StorageSection, TaskSection
-from tale_ray.errors import LeaseLost, StorageAway, StoreError
+from tale_ray.errors import StoreError
 from tale_ray.records import CandidateAnswers, CandidateScore, Round, RowAnswer, Score, UnitResult, Work, WorkUnit
-from tale_ray.store import AnswerSheet, Manifest, RunReader, RunWriter, StoredRound
-from tale_ray.store import files as store_files
+from tale_ray.store import AnswerSheet, RunReader, RunWriter, StoredRound
 from tale_ray.store.documents import SCHEMA_VERSION
-from tale_ray.store.files import RETRY_SECONDS, Clock, Files
 from tale_ray.store.reader import longest_chain
 from tale_ray.store.tables import digest_round, dump_round, dump_sheet, dump_unit, load_round, load_sheet, load_unit
 from tale_ray.store.uris import strip_credentials
-
-CONFIG = SearchConfig(
-    model=ModelSection(model="bundled"), task=TaskSection(task="boolean_synthetic"), storage=StorageSection(run="r")
-)
-MANIFEST = Manifest(
-    run="boolean-123",
-    created="2026-01-02T03:04:05+00:00",
-    config=json.loads(json.dumps(CONFIG.to_json())),  # lists, as they are read back
-    identity={"seed": 0},
-    model={"digest": "d", "dtype": "float32", "num_layers": 12},
-    task={"name": "boolean"},
-    rows={"search": {"count": 4, "digest": "e"}},
-    tokens={"search": "f"},
-    versions={"tale_ray": "0.1.0"},
-)
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 COUNTS = st.integers(min_value=0, max_value=2**40)
@@ -92,41 +73,6 @@ def unit_results(draw: st.DrawFn) -> UnitResult:
         for layer in unit.candidates
     )
     return UnitResult(unit, candidates, draw(COUNTS), draw(SECONDS), draw(st.text()))
-
-
-def make_round(number: int, *, committed: bool = True, correct: int = 3) -> Round:
-    removed = tuple(range(10, 10 + number))
-    layer = removed[-1] if removed else None
-    rival = () if layer is None else (CandidateScore(2, 1, 2, 0, "bounded_out", 0.125),)
-    winner = CandidateScore(layer, correct, 4, 1, "exact", 0.25)
-    return Round(number, layer, removed, Score(correct, 4, 1), (*rival, winner), committed)
-
-
-def make_unit(number: int = 17, scope: str = "round-0001") -> UnitResult:
-    unit = WorkUnit(number, scope, "search", (), (2, 10), (0, 3))
-    right, wrong = RowAnswer("True.", "True", True), RowAnswer("hm", None, False)
-    candidates = (CandidateAnswers(2, (right, wrong), 0.5), CandidateAnswers(10, (right, right), 0.25))
-    return UnitResult(unit, candidates, 44, 0.75, "worker-1")
-
-
-SHEET = AnswerSheet(
-    "round-0001", "search", ("a", "b"), ("True", "False"), (RowAnswer("é\n", None, False), RowAnswer("", "False", True))
-)
-
-
-def write_run(path: Path, rounds: int = 3) -> list[StoredRound]:
-    """A run of `rounds` committed rounds, with one of everything."""
-    with RunWriter.claim(str(path)) as writer:
-        writer.write_manifest(MANIFEST)
-        writer.start_attempt({"workers": 2}, {"torch": "2"})
-        stored: list[StoredRound] = []
-        for number in range(rounds):
-            stored.append(writer.write_round(make_round(number), Work(1, 4, 44), stored[-1].digest if stored else ""))
-        writer.write_unit(make_unit(scope=f"round-{rounds:04d}"), ["a", "b"])
-        writer.write_answers(SHEET)
-        writer.write_result("test", {"best": {"correct": 3}})
-        writer.update_attempt(how="interrupted")
-    return stored
 
 
 # --- round trips -----------------------------------------------------------------------------------------------------
@@ -182,26 +128,6 @@ def test_reading_tables_leaves_no_threads(tmp_path: Path) -> None:
     assert done.stdout.strip() == "0"
 
 
-def test_a_run_is_read_back_exactly(tmp_path: Path) -> None:
-    stored = write_run(tmp_path / "deep" / "run")
-    reader = RunReader(str(tmp_path / "deep" / "run"))
-    reader.check()
-    assert reader.exists()
-    assert reader.manifest() == MANIFEST
-    assert SearchConfig.from_json(reader.manifest().config) == CONFIG
-    assert reader.rounds() == tuple(stored)
-    assert [item.round for item in stored] == [make_round(number) for number in range(3)]
-    assert reader.partial_scopes() == ("round-0003",)
-    assert reader.unit_results("round-0003") == (make_unit(scope="round-0003"),)
-    assert reader.answers("round-0001") == SHEET
-    assert reader.result("test") == {"best": {"correct": 3}}
-    (attempt,) = reader.attempts()
-    assert (attempt.attempt, attempt.pid, attempt.how) == (1, psutil.Process().pid, "interrupted")
-    assert (attempt.options, attempt.versions) == ({"workers": 2}, {"torch": "2"})
-    assert reader.lease() is None
-    assert (reader.answers("none"), reader.result("none"), reader.unit_results("none")) == (None, None, ())
-
-
 def test_units_are_ordered_by_attempt_and_number(tmp_path: Path) -> None:
     order = []
     for _ in range(2):
@@ -212,17 +138,6 @@ def test_units_are_ordered_by_attempt_and_number(tmp_path: Path) -> None:
     for result in RunReader(str(tmp_path)).unit_results("round-0001"):
         order.append((result.worker, result.unit.number))
     assert order == [(attempt, number) for attempt in "12" for number in (3, 999_999, 1_000_001)]
-
-
-def test_a_reader_creates_nothing(tmp_path: Path) -> None:
-    reader = RunReader(str(tmp_path / "absent"))
-    assert reader.is_empty()
-    assert not reader.exists()
-    assert (reader.rounds(), reader.attempts(), reader.partial_scopes(), reader.lease()) == ((), (), (), None)
-    reader.check()
-    with pytest.raises(StoreError, match=r"is not a run: run\.json is missing"):
-        reader.manifest()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_tools_read_the_rounds(tmp_path: Path) -> None:
@@ -309,10 +224,6 @@ def test_messages_do_not_show_credentials() -> None:
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def files_of(run: Path) -> list[str]:
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.name[0] != "_")
 
 
 def test_every_truncated_file_is_named(tmp_path: Path) -> None:
@@ -450,10 +361,6 @@ def test_fields_of_other_versions_do_not_matter(tmp_path: Path) -> None:
 # --- the chain of rounds ---------------------------------------------------------------------------------------------
 
 
-def link(round_: Round, parent: str = "", attempt: int = 1) -> StoredRound:
-    return StoredRound(round_, attempt, Work(), digest_round(round_, parent), parent)
-
-
 def test_a_rejected_round_is_kept_and_superseded(tmp_path: Path) -> None:
     stored = write_run(tmp_path)
     with RunWriter.claim(str(tmp_path)) as writer:
@@ -485,249 +392,3 @@ def test_the_longest_chain_wins_then_the_later_attempt() -> None:
     assert longest_chain([same, zero, one, two]) == (zero, same, two)
     rejected = link(make_round(1, committed=False), zero.digest)
     assert longest_chain([zero, rejected, link(make_round(2), rejected.digest)]) == (zero, rejected)
-
-
-# --- writing: complete or absent -------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a process that ends here."""
-
-
-WRITES = {
-    "manifest": lambda writer: writer.write_manifest(replace(MANIFEST, run="second")),
-    "attempt": lambda writer: writer.start_attempt({}, {}),
-    "unit": lambda writer: writer.write_unit(make_unit(18, "round-0003"), ["a", "b"]),
-    "round": lambda writer: writer.write_round(make_round(3), Work(), RunReader(writer.reader.uri).rounds()[-1].digest),
-    "answers": lambda writer: writer.write_answers(replace(SHEET, targets=("x", "y"))),
-    "result": lambda writer: writer.write_result("test", {"best": 1}),
-}
-STEPS = ["before_open", "half_written", "before_sync", "before_rename", "after_rename"]
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """What a reader sees: lease and temporary files apart."""
-    return {name: (run / name).read_bytes() for name in files_of(run) if name != "lease.json"}
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("write", WRITES)
-def test_a_kill_at_any_step_leaves_old_or_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, step: str
-) -> None:
-    write_run(tmp_path)
-    writer = RunWriter.claim(str(tmp_path))
-    before = contents(tmp_path)
-    real_open, real_replace, real_fsync = Path.open, Path.replace, store_files.os.fsync
-
-    def end(*args: object, **keywords: object) -> None:
-        raise Killed
-
-    def write_half(path: Path, mode: str = "r", *args: object, **keywords: object) -> object:
-        if mode != "xb":
-            return real_open(path, mode)
-        with real_open(path, mode) as file:
-            file.write(b"PAR1{")
-        raise Killed
-
-    def replace_then_end(path: Path, target: Path) -> None:
-        real_replace(path, target)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", end)  # a killed process does not tidy up
-        match step:
-            case "before_open":
-                patch.setattr(Path, "open", end)
-            case "half_written":
-                patch.setattr(Path, "open", write_half)
-            case "before_sync":
-                patch.setattr(store_files.os, "fsync", end)
-            case "before_rename":
-                patch.setattr(Path, "replace", end)
-            case "after_rename":
-                patch.setattr(Path, "replace", replace_then_end)
-        with pytest.raises(Killed):
-            WRITES[write](writer)
-    assert store_files.os.fsync is real_fsync
-    after = contents(tmp_path)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert len(changed) == (1 if step == "after_rename" else 0)
-    assert {path.suffix for path in tmp_path.rglob("_*")} <= {".part", ".lock"}  # no pattern like *.parquet fits
-    RunReader(str(tmp_path)).check()
-    writer.close()
-    with RunWriter.claim(str(tmp_path)) as writer:
-        WRITES[write](writer)
-        writer.clean()
-        RunReader(str(tmp_path)).check()
-    assert [path for path in tmp_path.rglob("_*") if path.name != "_lease.lock"] == []
-
-
-class Weather:
-    """A clock whose sleeps are noted and take no time."""
-
-    def __init__(self) -> None:
-        self.seconds = 1_000_000.0
-        self.slept: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.seconds += seconds
-
-    @property
-    def clock(self) -> Clock:
-        return Clock(lambda: self.seconds, self.sleep)
-
-
-@pytest.mark.parametrize("number", [28, 13, 122, 5])  # no space, permission, quota, input/output
-def test_a_full_disk_is_waited_for_then_the_run_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    weather = Weather()
-    writer = RunWriter.claim(str(tmp_path), clock=weather.clock)
-    writer.write_manifest(MANIFEST)
-    before = contents(tmp_path)
-
-    def fail(*args: object) -> None:
-        raise OSError(number, "it failed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store_files.os, "fsync", fail)
-        with pytest.raises(StorageAway, match=r"writing results/x\.json failed 7 times.*it failed.*tale-ray resume"):
-            writer.write_result("x", {})
-    assert tuple(weather.slept) == RETRY_SECONDS
-    assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.rglob("_*")] == ["_lease.lock"]
-    writer.write_result("x", {})
-    writer.close()
-
-
-def test_a_short_outage_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weather = Weather()
-    writer = RunWriter.claim(str(tmp_path), clock=weather.clock)
-    real, failures = store_files.os.fsync, [OSError(28, "full"), OSError(5, "away")]
-
-    def fail_twice(descriptor: int) -> None:
-        if failures:
-            raise failures.pop()
-        real(descriptor)
-
-    monkeypatch.setattr(store_files.os, "fsync", fail_twice)
-    writer.write_result("x", {"a": 1})
-    assert tuple(weather.slept) == RETRY_SECONDS[:2]
-    assert writer.reader.result("x") == {"a": 1}
-    writer.close()
-
-
-@pytest.mark.parametrize("run", ["file", "file/run", "/proc/run", "/sys/run"])
-def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, run: str) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cannot be (written|read) .*(choose another --run|check the path)"):
-        RunWriter.claim(str(tmp_path / run))
-    assert RunReader(str(tmp_path / "file/run")).is_empty()
-
-
-def test_where_a_run_can_be_is_told_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "folder").mkdir()
-    for name in ("folder", "new", "folder/new/newer"):
-        RunReader(str(tmp_path / name)).check_place()
-    for name in ("file", "file/run", "x" * 300):
-        with pytest.raises(StoreError, match=r"cannot be (read|written) "):
-            RunReader(str(tmp_path / name)).check_place()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "folder")
-    with pytest.raises(StoreError, match=r"cannot be written \(.*Permission denied.*change its permissions"):
-        RunReader(str(tmp_path / "folder" / "run")).check_place()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
-
-
-def test_names_that_would_leave_the_folder_are_refused(tmp_path: Path) -> None:
-    with RunWriter.claim(str(tmp_path / "run")) as writer:
-        for name in ("../x", "a/b", "", ".x", "_x"):
-            with pytest.raises(StoreError, match="cannot name a file"):
-                writer.write_result(name, {})
-
-
-def test_clean_keeps_what_is_needed(tmp_path: Path) -> None:
-    stored = write_run(tmp_path)
-    with RunWriter.claim(str(tmp_path)) as writer:
-        rejected = writer.write_round(make_round(3, committed=False), Work(), stored[-1].digest)
-        writer.write_answers(replace(SHEET, scope="round-0003"))  # rejected: its units serve a higher epsilon
-        for scope in ("round-0001", "round-0002", "round-0003", "test"):  # round 2 lacks answers
-            writer.write_unit(make_unit(scope=scope), ["a", "b"])
-        writer.clean()
-        assert writer.reader.partial_scopes() == ("round-0002", "round-0003", "test")
-        writer.drop_partials("round-0003")
-        writer.drop_partials("round-0003")
-        assert writer.reader.partial_scopes() == ("round-0002", "test")
-        assert writer.reader.rounds() == (*stored, rejected)
-
-
-def test_a_write_after_the_lease_is_lost_leaves_nothing(tmp_path: Path) -> None:
-    for write in WRITES:
-        run = tmp_path / write
-        write_run(run)
-        with RunWriter.claim(str(run)) as writer:
-            writer.reader.manifest()
-            lease = json.loads((run / "lease.json").read_text())
-            (run / "lease.json").write_text(json.dumps({**lease, "nonce": "other", "attempt": 9}))
-            before = contents(run)
-            for act in (WRITES[write], lambda writer: writer.drop_partials("round-0003"), RunWriter.clean):
-                with pytest.raises(LeaseLost, match=r"taken over by process \d+ .*attempt 9"):
-                    act(writer)
-            assert contents(run) == before
-        assert json.loads((run / "lease.json").read_text())["nonce"] == "other"
-
-
-def test_files_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither rename nor lock, as on an object store: one write, and the lease settles."""
-    elsewhere = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
-
-    class Elsewhere:
-        @staticmethod
-        def from_uri(uri: str) -> tuple[object, str]:
-            return elsewhere, uri.partition("://")[2]
-
-    monkeypatch.setattr(store_files.pa.fs, "FileSystem", Elsewhere)
-    weather = Weather()
-    with RunWriter.claim("mem://run", clock=weather.clock) as writer:
-        assert weather.slept == [2.0]
-        writer.write_manifest(MANIFEST)
-        writer.start_attempt({}, {})
-        first = writer.write_round(make_round(0), Work(), "")
-        writer.write_answers(SHEET)
-        assert Files("mem://run").shown == "mem://run"
-    reader = RunReader("mem://run")
-    reader.check()
-    assert (reader.manifest(), reader.rounds(), reader.answers("round-0001")) == (MANIFEST, (first,), SHEET)
-    assert reader.lease() is None
-    assert list((tmp_path / "run").rglob("_*")) == []
-
-
-class Churning:
-    """A file system in which a listing fails so many times, as when the folder is made or emptied meanwhile."""
-
-    def __init__(self, system: Any, failures: int) -> None:
-        self._system = system
-        self.failures = failures
-
-    def get_file_info(self, selector: Any) -> Any:
-        if self.failures:
-            self.failures -= 1
-            raise FileNotFoundError("Cannot list directory")
-        return self._system.get_file_info(selector)
-
-
-@pytest.mark.parametrize("failures", [0, 1, 2])
-def test_a_folder_that_changes_while_it_is_listed_is_listed_again(tmp_path: Path, failures: int) -> None:
-    (tmp_path / "file").touch()
-    files = Files(str(tmp_path))
-    files._system = Churning(files._system, failures)
-    assert [entry.name for entry in files.list()] == ["file"]
-
-
-def test_a_folder_that_never_stands_still_is_named(tmp_path: Path) -> None:
-    files = Files(str(tmp_path))
-    files._system = Churning(files._system, 99)
-    with pytest.raises(StoreError, match=str(tmp_path)):
-        files.list()

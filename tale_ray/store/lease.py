@@ -1,8 +1,9 @@
 """One writer at a time: lease.json, who holds it and until when.
 
 Local: every change of the file is made under a lock that dies with its process, and the first one by exclusive
-creation, so two claimants cannot both win. Where there is no lock: write, settle, read back whose it is. A holder that
-was put to sleep beyond the expiry notices before it writes. Does not know what is written under the lease.
+creation, so two claimants cannot both win. Object stores that know conditions: every change is refused if the file is
+not what it was when it was read. Where there is neither: write, settle, read back whose it is. A holder that was put to
+sleep beyond the expiry notices before it writes. Does not know what is written under the lease.
 """
 
 import logging
@@ -22,7 +23,7 @@ import psutil
 
 from tale_ray.errors import LeaseHeld, LeaseLost
 from tale_ray.store.documents import LEASE, Lease, dump_json, format_time, load_lease
-from tale_ray.store.files import Clock, Files
+from tale_ray.store.files import Clock, Files, Stamped
 
 logger = logging.getLogger("tale_ray.store")
 
@@ -31,7 +32,7 @@ HolderState = Literal["alive", "dead", "unknown", "expired"]
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 POLL_SECONDS = 1.0
-SETTLE_SECONDS = 2.0  # where there is no lock: by then a rival's write is visible
+SETTLE_SECONDS = 2.0  # where there is neither lock nor condition: by then a rival's write is visible
 _START_TOLERANCE_SECONDS = 2.0  # clocks count boot time in whole seconds
 
 
@@ -83,14 +84,14 @@ def _is_gone(pid: int, start: float) -> bool:
         return False  # hidden, or ending just now: the next look tells
 
 
-def read_lease(files: Files) -> Lease | None:
-    """Return the lease as it is in the folder; errors of the file system are passed on.
+def read_lease(files: Files) -> tuple[Lease, Stamped] | None:
+    """Return the lease as it is in the folder, and its file as it was read; errors of the file system are passed on.
 
     Raises:
         StoreError: the file is damaged.
     """
-    data = files.read_now(LEASE)
-    return None if data is None else load_lease(data, files.path(LEASE))
+    found = files.read_stamped(LEASE)
+    return None if found is None else (load_lease(found.data, files.path(LEASE)), found)
 
 
 def claim_lease(files: Files, clock: Clock, next_attempt: Callable[[Lease | None], int], *, wait: bool) -> Lease:
@@ -144,8 +145,9 @@ def _try_claim(
     files: Files, clock: Clock, next_attempt: Callable[[Lease | None], int], nonce: str, abandoned: Lease | None
 ) -> tuple[Lease | None, Lease | None]:
     """Return the lease that stands in the way and the one taken; both None: things moved, look again."""
-    with files.lock() as locked:
-        held = read_lease(files)
+    with files.lock() as decisive:
+        found = read_lease(files)
+        held = None if found is None else found[0]
         if held is not None and held.nonce != nonce:  # ours: a try that failed after it had written
             is_abandoned = abandoned is not None and not _was_renewed(abandoned, held)
             if not is_abandoned and holder_state(held, clock.now()) in ("alive", "unknown"):
@@ -161,23 +163,21 @@ def _try_claim(
             machine=machine_name(),
         )
         data = dump_json(lease)
-        if held is None:
-            if not files.create(LEASE, data):
-                return None, None
-        else:
-            files.put(LEASE, data)
+        written = files.create(LEASE, data) if found is None else files.exchange(LEASE, data, found[1])
+        if not written:
+            return None, None
     if held is not None:
         logger.warning("%s: took over the lease of %s", files.shown, _describe(held))
-    return None, lease if _settled(files, clock, lease, locked) else None
+    return None, lease if _settled(files, clock, lease, decisive) else None
 
 
-def _settled(files: Files, clock: Clock, lease: Lease, locked: bool) -> bool:
-    """Return whether the lease just written has stayed; under a lock nothing else can have been written."""
-    if locked:
+def _settled(files: Files, clock: Clock, lease: Lease, decisive: bool) -> bool:
+    """Return whether the lease just written has stayed; if that was decisive nothing else can have been written."""
+    if decisive:
         return True
     clock.sleep(SETTLE_SECONDS)
     found = read_lease(files)
-    return found is not None and found.nonce == lease.nonce
+    return found is not None and found[0].nonce == lease.nonce
 
 
 class HeldLease:
@@ -201,7 +201,7 @@ class HeldLease:
             LeaseLost: it is not ours any more.
             OSError: that cannot be told.
         """
-        if self._own().expires <= self._clock.now():
+        if self._own()[0].expires <= self._clock.now():
             self.renew()
 
     def renew(self) -> None:
@@ -211,13 +211,15 @@ class HeldLease:
             LeaseLost: it is not ours any more.
             OSError: it could not be read or written.
         """
-        with self._files.lock() as locked:
-            had_expired = self._own().expires <= self._clock.now()
+        with self._files.lock() as decisive:
+            held, read = self._own()
             now = self._clock.now()
             lease = replace(self.lease, expires=now + LEASE_SECONDS, renewed=now)
-            self._files.put(LEASE, dump_json(lease))
-            self.lease = lease
-        if had_expired and not _settled(self._files, self._clock, lease, locked):
+            if self._files.exchange(LEASE, dump_json(lease), read):
+                self.lease = lease
+            elif self._own()[0].expires <= self._clock.now():  # not by our other thread, which may renew as well
+                raise OSError(f"{LEASE} was written by something else while it was renewed")
+        if held.expires <= now and not _settled(self._files, self._clock, lease, decisive):
             self._own()
 
     def release(self) -> None:
@@ -227,23 +229,22 @@ class HeldLease:
             self._thread.join()
         try:
             with self._files.lock():
-                self._own()
-                self._files.delete(LEASE)
+                self._files.delete_stamped(LEASE, self._own()[1])
         except LeaseLost:
             pass
         except OSError as error:
             logger.warning("%s: the lease could not be released (%s); it will expire", self._files.shown, error)
 
-    def _own(self) -> Lease:
+    def _own(self) -> tuple[Lease, Stamped]:
         found = read_lease(self._files)
         if found is None:
             raise LeaseLost(
                 f"run {self._files.shown!r}: {LEASE} was deleted, so another process may write: this one stops; "
                 "go on with `tale-ray resume`"
             )
-        if found.nonce != self.lease.nonce:
+        if found[0].nonce != self.lease.nonce:
             raise LeaseLost(
-                f"run {self._files.shown!r} was taken over by {_describe(found)} while this process "
+                f"run {self._files.shown!r} was taken over by {_describe(found[0])} while this process "
                 f"(attempt {self.lease.attempt}) was away: one process writes to a run at a time, so this one stops"
             )
         return found
