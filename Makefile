@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/NOTICE.md),)
 export TALE_RAY_DATA_ROOT ?= $(abspath ../shared/data)
 endif
 
-.PHONY: quickstart smollm2 test test-fast test-oracle lint format bench docs clean
+.PHONY: quickstart smollm2 test test-fast test-oracle chaos lint format bench docs clean
 
 # Search the bundled model on 200 rows through Ray with 2 workers.
 quickstart: $(STAMP)
@@ -36,6 +36,10 @@ test-fast: $(STAMP)
 # Whole searches against the oracle: the bundled model on 120 rows, SmolLM2 on 12; lm-eval tasks against lm-eval. Takes half an hour.
 test-oracle: $(CACHE)/smollm2/config.json
 	TALE_RAY_ORACLE_ROWS=120 TALE_RAY_SMOLLM2=$(CACHE)/smollm2 $(BIN)/python -m pytest --timeout 1800 tests/test_oracle_search.py tests/test_harness.py
+
+# One search under thirty faults: kills, nodes that vanish, storage that fails, SIGTERM. SEED repeats a run. Minutes.
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --faults 30 $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

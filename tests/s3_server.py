@@ -93,6 +93,10 @@ class S3Server:
         ]
         return [item for item in mine if item.method == method or not method if item.key.startswith(key)]
 
+    def keys(self, prefix: str = "") -> list[str]:
+        """What is stored under a prefix, past all faults and the log."""
+        return list(self._call("keys", prefix))
+
     def forget(self) -> None:
         """Begin the log anew."""
         self._call("forget")
@@ -129,11 +133,20 @@ class _Front:
                 return None
             case "log":
                 return [asdict(request) for request in self._faults.log]
+            case "keys":
+                return [key for key in _stored_keys() if key.startswith(body)]
             case "forget":
                 self._faults.log = []
                 return None
             case _:
                 raise ValueError(f"no control path {name!r}")
+
+
+def _stored_keys() -> list[str]:
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    return list(s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys)
 
 
 def _serve() -> None:
