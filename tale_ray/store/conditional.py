@@ -90,13 +90,18 @@ class ConditionalObjects:
         return {"Bucket": self._address.bucket, "Key": key}
 
 
+def _reply(error: Any) -> dict[str, Any]:
+    """Return what the storage answered; nothing where there was no answer."""
+    return getattr(error, "response", None) or {}
+
+
 def _status(error: Any) -> int | None:
-    """Return the HTTP status of an error; None: there was no answer."""
-    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")  # type: ignore[no-any-return]
+    status: int | None = _reply(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def _code(error: Any) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(_reply(error).get("Error", {}).get("Code", ""))
 
 
 def _is_unknown(error: Any) -> bool:
