@@ -10,6 +10,7 @@ from paper import executor_fixture as executor_fixture
 from paper import paper_fixture as paper_fixture
 from simulation import MODEL
 
+from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import PoisonUnit, WorkersLost
 from tale_ray.records import WorkUnit
 from tale_ray.search.executor import UnitDone, WorkerJoined, WorkerLost
@@ -59,3 +60,23 @@ def test_a_bad_node_is_lost_and_the_others_go_on(
     ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
     (done,) = wait_for(lambda: ray.poll(1.0))
     assert isinstance(done, UnitDone)
+
+
+def test_a_worker_whose_node_is_short_of_memory_begins_with_half_of_its_budget(paper: Any) -> None:
+    """Ray's own monitor ends the workers, at a threshold that any machine is above."""
+    from ray.cluster_utils import Cluster
+
+    from tale_ray.cluster.ray_executor import MAX_STARTS_IN_VAIN, RayExecutor
+
+    system = {"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 100}
+    head = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False, "_system_config": system}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    paper(seconds=60)
+    ray = RayExecutor(ModelSection(model="simulated"), "float32", ResourceSection(address=cluster.address, workers=1))
+    try:
+        with pytest.raises(WorkersLost, match=r"the last one because: .*the node running low on memory"):
+            scored(ray)
+    finally:
+        ray.close()
+        cluster.shutdown()
+    assert ray._halvings == MAX_STARTS_IN_VAIN

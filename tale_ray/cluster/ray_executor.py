@@ -235,7 +235,7 @@ class RayExecutor:
             self._head.check()
         self._nodes.look()
         is_node_gone = slot.place is not None and self._nodes.is_going(slot.place.node)
-        reason = cause if isinstance(cause, str) else _last_line(cause)
+        reason = cause if isinstance(cause, str) else _telling_line(cause)
         log = "" if isinstance(cause, str | RayTaskError) or is_node_gone else last_words(slot.place)
         if isinstance(cause, OutOfMemoryError):
             self._halvings += 1
@@ -360,9 +360,10 @@ def _log_lost(events: Sequence[WorkerEvent]) -> None:
             logger.warning("%s is lost: %s", event.worker, event.reason)
 
 
-def _last_line(error: RayError) -> str:
+def _telling_line(error: RayError) -> str:
     """Return the line of Ray's many that says what happened."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[0 if isinstance(error, OutOfMemoryError) else -1].strip()
 
 
 def _refusal(error: RayError) -> TaleRayError | None:
