@@ -267,7 +267,7 @@ def test_a_writer_that_lost_its_lease_starts_no_further_write(s3_server: S3Serve
         except LeaseLost as error:
             lost.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     deadline = time.monotonic() + DEADLINE_SECONDS
     while len(stored) < 10:
