@@ -89,7 +89,7 @@ def status(job: str, address: str | None, as_json: bool) -> None:
         click.echo(f"from {_time(state.start_seconds)}{end}")
     if state.run:
         click.echo(f"run {state.run}: see `tale-ray show {shlex.quote(state.run)}`")
-    if state.exit_code and state.message:
+    if state.status == "FAILED" and state.message:
         click.echo(state.message)
 
 
@@ -178,7 +178,7 @@ def _submit_to_end(server: JobServer, request: JobRequest, attempts: int, follow
 def _exit(state: JobState, followed: bool) -> None:
     """Say how a submission ended, and exit as the search did."""
     click.echo(describe_state(state), err=True)
-    if state.exit_code and state.message and not (followed and state.driver_exit_code is not None):
+    if state.status == "FAILED" and state.message and not (followed and state.driver_exit_code is not None):
         click.echo(state.message, err=True)
     sys.exit(state.exit_code)
 

@@ -77,13 +77,6 @@ class Job:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_search(self.search)
-        if not 1 <= self.attempts <= MAX_ATTEMPTS:
-            raise ConfigError(f"attempts {self.attempts} is out of range: give 1 to {MAX_ATTEMPTS}")
-        if self.attempts > 1 and self.search.get("resume") == "never":
-            raise ConfigError(f"attempts {self.attempts} and resume 'never' exclude each other: leave one out")
-        if not self.entrypoint_num_cpus >= 0:
-            raise ConfigError(f"entrypoint_num_cpus {self.entrypoint_num_cpus} is too small: 0 reserves nothing")
         for name, value in (("search", self.search), ("runtime_env", self.runtime_env), ("metadata", self.metadata)):
             for secret in find_secrets(value, name):
                 raise ConfigError(
@@ -91,6 +84,13 @@ class Job:
                     "set it in the environment of the nodes or in a token file there (for the hub: "
                     "~/.cache/huggingface/token, or the file that HF_TOKEN_PATH names)"
                 )
+        _check_search(self.search)
+        if not 1 <= self.attempts <= MAX_ATTEMPTS:
+            raise ConfigError(f"attempts {self.attempts} is out of range: give 1 to {MAX_ATTEMPTS}")
+        if self.attempts > 1 and self.search.get("resume") == "never":
+            raise ConfigError(f"attempts {self.attempts} and resume 'never' exclude each other: leave one out")
+        if not self.entrypoint_num_cpus >= 0:
+            raise ConfigError(f"entrypoint_num_cpus {self.entrypoint_num_cpus} is too small: 0 reserves nothing")
 
     @property
     def run(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
+OWN_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server", "runtime-env-agent")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -84,6 +85,7 @@ def job_cluster(token: str, num_workers: int = 1, cpus: int = 2) -> Iterator[Job
 @contextmanager
 def _node(arguments: list[str], environment: dict[str, str], folder: str) -> Iterator[subprocess.Popen[bytes]]:
     options = ["--block", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats"]
+    options += [f"--{name}-port={free_port()}" for name in OWN_PORTS]
     with (Path(folder) / "start.log").open("ab") as log:
         node = subprocess.Popen(
             [BIN / "ray", "start", *arguments, *options], env=environment, stdout=log, stderr=log, process_group=0

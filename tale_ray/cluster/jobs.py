@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import aiohttp
@@ -22,6 +23,7 @@ from tale_ray.errors import ConfigError, InfeasibleError, Interrupted
 from tale_ray.store.uris import strip_credentials
 
 logger = logging.getLogger("tale_ray.cluster")
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every stream
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 5.0
@@ -104,9 +106,13 @@ class Jobs:
                     logger.info("the cluster takes no job yet; trying again" if is_early else f"{job} is taken")
                     time.sleep(POLL_SECONDS)
                     continue
-                raise InfeasibleError(
-                    f"the cluster at {self.address} refuses the job: {_last_line(error)}; correct the job file"
-                ) from error
+                problem = (
+                    f"has taken no job for {START_SECONDS:g} s, for its head has no job agent: look at "
+                    "dashboard_agent.log there"
+                    if is_early
+                    else f"refuses the job: {_last_line(error)}; correct the job file"
+                )
+                raise InfeasibleError(f"the cluster at {self.address} {problem}") from error
             return job
 
     def state(self, job: str) -> JobState | None:
@@ -216,6 +222,8 @@ class Jobs:
         try:
             with _without_overrides():
                 return self._refusing(lambda: _Client(address))
+        except InfeasibleError:
+            raise
         except _DROPPED as error:
             problem: Exception = error
         except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # HTTP, but not of Ray
@@ -269,7 +277,7 @@ async def _close(stream: Any, task: "asyncio.Task[Any] | None") -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
 def _last_line(error: Exception) -> str:
