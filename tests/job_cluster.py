@@ -19,7 +19,13 @@ from typing import Any
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
-OWN_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server", "runtime-env-agent")
+OWN_PORTS = (
+    "dashboard-agent-listen",
+    "dashboard-agent-grpc",
+    "metrics-export",
+    "ray-client-server",
+    "runtime-env-agent",
+)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

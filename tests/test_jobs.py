@@ -17,6 +17,8 @@ import yaml
 from folders import show
 from job_cluster import JobCluster, job_cluster, wait_for
 
+from tale_ray.api import search
+
 pytestmark = pytest.mark.ray
 
 SEARCH = {
@@ -27,7 +29,7 @@ SEARCH = {
     "workers": 2,
     "exhaustive": True,
 }
-LONG = {**SEARCH, "rows": 600, "splits": {"search": 1}, "max_removed": 3}  # still running when it is looked at
+LONG = {**SEARCH, "rows": 600, "splits": {"search": 1}, "max_removed": 4}  # still running when it is looked at
 
 
 @pytest.fixture(scope="module")
@@ -67,110 +69,16 @@ def driver_of(run: Path) -> psutil.Process:
     return found  # type: ignore[no-any-return]
 
 
-def started(cluster: JobCluster, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(cluster.command(*arguments, "--address", cluster.url), **cluster.options())
+def started(cluster: JobCluster, *arguments: object, url: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(cluster.command(*arguments, "--address", url or cluster.url), **cluster.options())
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: JobCluster) -> Iterator[dict[str, Any]]:
-    """The decisions of the long search, submitted and waited for."""
-    with tempfile.TemporaryDirectory(prefix="tale") as folder:
-        path = write_job(Path(folder), "undisturbed", LONG)
-        outcome = cluster.tale_ray("submit", path, "--wait", "--address", cluster.url)
-        assert outcome.returncode == 0, outcome.stderr
-        yield decisions(Path(folder) / "undisturbed")
-
-
-def test_a_followed_job_is_heard_to_its_end(cluster: JobCluster, folder: Path) -> None:
-    path = write_job(folder, "heard", SEARCH)
-    outcome = cluster.tale_ray("submit", path, "--follow", "--address", cluster.url)
-    assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stdout.count("round 2: layer") == 1
-    assert "boolean_synthetic on bundled, 12 layers: finished (max_removed)" in outcome.stdout
-    assert outcome.stderr == "submitted heard-a1\nheard-a1: done (exit code 0)\n"
-    assert show(folder / "heard")["state"] == "finished"
-
-    assert cluster.tale_ray("logs", "heard-a1", "--address", cluster.url).stdout == outcome.stdout
-    status = cluster.tale_ray("status", path, "--address", cluster.url)
-    assert status.returncode == 0
-    assert status.stdout.startswith("heard-a1: done (exit code 0)\n")
-    assert f"tale-ray show {folder / 'heard'}" in status.stdout
-    assert cluster.tale_ray("stop", path, "--address", cluster.url).stdout == "heard-a1: done (exit code 0)\n"
-
-
-def test_a_stopped_job_goes_on_when_it_is_submitted_again(
-    cluster: JobCluster, folder: Path, undisturbed: dict[str, Any]
-) -> None:
-    path = write_job(folder, "stopped", LONG)
-    waiting = started(cluster, "submit", path, "--wait", "--attempts", 3)
-    wait_for((folder / "stopped" / "rounds" / "round-0001.parquet").exists)
-    second = cluster.tale_ray("submit", path, "--address", cluster.url)
-    assert second.returncode == 2
-    assert "stopped-a1 of the same run is running" in second.stderr
-    stop = cluster.tale_ray("stop", "stopped-a1", "--address", cluster.url)
-    assert (stop.returncode, stop.stderr) == (0, "")
-    assert stop.stdout == "stopped-a1: stopped; interrupted and resumable (exit code 75)\n"
-    _, errors = waiting.communicate(timeout=60)
-    assert waiting.returncode == 75, errors  # nobody submits again what was stopped on purpose
-    assert show(folder / "stopped")["state"] == "interrupted"
-    assert (
-        "SIGTERM was received: everything finished is stored"
-        in cluster.tale_ray("logs", "stopped-a1", "--address", cluster.url).stdout
-    )
-
-    again = cluster.tale_ray("submit", path, "--wait", "--address", cluster.url)
-    assert again.returncode == 0, again.stderr
-    assert "submitted stopped-a2" in again.stderr
-    shown = show(folder / "stopped")
-    assert (shown["state"], shown["attempts"]) == ("finished", 2)
-    assert decisions(folder / "stopped") == undisturbed
-
-
-def test_a_lost_driver_is_replaced(cluster: JobCluster, folder: Path, undisturbed: dict[str, Any]) -> None:
-    path = write_job(folder, "lost", LONG, attempts=2)
-    waiting = started(cluster, "submit", path, "--follow")
-    wait_for((folder / "lost" / "rounds" / "round-0001.parquet").exists)
-    driver_of(folder / "lost").send_signal(signal.SIGKILL)
-    _, errors = waiting.communicate(timeout=120)
-    assert waiting.returncode == 0, errors
-    assert "lost-a1: its driver is lost; interrupted and resumable (exit code 75); submitting it again" in errors
-    assert show(folder / "lost")["attempts"] == 2
-    assert decisions(folder / "lost") == undisturbed
-
-
-def test_an_interrupted_driver_is_replaced(cluster: JobCluster, folder: Path) -> None:
-    """A time limit ends each attempt with 75; together they come to the end."""
-    path = write_job(folder, "limited", {**SEARCH, "time_limit": 1}, attempts=2)
-    outcome = cluster.tale_ray("submit", path, "--wait", "--address", cluster.url)
-    assert outcome.returncode == 75
-    assert outcome.stderr.count("limited-a1: interrupted and resumable (exit code 75); submitting it again") == 1
-    assert "limited-a2: interrupted and resumable (exit code 75)\n" in outcome.stderr
-
-
-def test_a_request_that_cannot_be_met_is_not_made_again(cluster: JobCluster, folder: Path) -> None:
-    path = write_job(folder, "huge", {**SEARCH, "gpus_per_worker": 8}, attempts=3)
-    outcome = cluster.tale_ray("submit", path, "--follow", "--address", cluster.url)
-    assert outcome.returncode == 2
-    assert "no node of the cluster can ever give that" in outcome.stdout
-    assert "huge-a1: the request cannot be met (exit code 2)" in outcome.stderr
-    assert "again" not in outcome.stderr
-
-
-def test_ctrl_c_leaves_the_job_running(cluster: JobCluster, folder: Path) -> None:
-    path = write_job(folder, "left", LONG)
-    following = started(cluster, "submit", path, "--follow")
-    wait_for((folder / "left" / "rounds" / "round-0000.parquet").exists)
-    following.send_signal(signal.SIGINT)
-    _, errors = following.communicate(timeout=60)
-    assert following.returncode == 75
-    assert (
-        f"left-a1 goes on without this command: follow it with `tale-ray logs left-a1 --address {cluster.url}" in errors
-    )
-    assert "Traceback" not in errors
-    assert driver_of(folder / "left").is_running()
-    back = cluster.tale_ray("logs", path, "--follow", "--address", cluster.url)
-    assert back.returncode == 0, back.stderr
-    assert "finished (max_removed)" in back.stdout
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The decisions of the long search, without a cluster and without a fault."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    search(**{**LONG, "workers": 1}, run=run, local=True)
+    return decisions(run)
 
 
 class CuttingProxy:
@@ -218,21 +126,107 @@ class CuttingProxy:
         source.close()
 
 
-def test_a_log_that_drops_is_taken_up_where_it_was(cluster: JobCluster, folder: Path) -> None:
-    proxy = CuttingProxy(int(cluster.url.rpartition(":")[2]))
-    with contextlib.closing(proxy):
-        path = write_job(folder, "dropped", LONG)
-        command = cluster.command("submit", path, "--follow", "--address", proxy.url)
-        following = subprocess.Popen(command, **cluster.options())
+def test_a_followed_job_is_heard_to_its_end_though_the_connection_drops(cluster: JobCluster, folder: Path) -> None:
+    path = write_job(folder, "heard", LONG)
+    lines = []
+    with (
+        contextlib.closing(CuttingProxy(int(cluster.url.rpartition(":")[2]))) as proxy,
+        started(cluster, "submit", path, "--follow", url=proxy.url) as following,
+    ):
         assert following.stdout is not None
-        lines = []
+        assert following.stderr is not None
         for line in following.stdout:
             lines.append(line)
             if line.startswith(("baseline:", "round 1:", "round 2:")):
                 assert proxy.cut() > 0
         assert following.wait(60) == 0
-    assert "".join(lines) == cluster.tale_ray("logs", "dropped-a1", "--address", cluster.url).stdout
-    assert "finished (max_removed)" in "".join(lines)
+        assert following.stderr.read() == "submitted heard-a1\nheard-a1: done (exit code 0)\n"
+    printed = "".join(lines)
+    assert printed.count("round 2: layer") == 1
+    assert "boolean_synthetic on bundled, 12 layers: finished (max_removed)" in printed
+    assert printed == cluster.tale_ray("logs", "heard-a1", "--address", cluster.url).stdout
+    assert show(folder / "heard")["state"] == "finished"
+
+    status = cluster.tale_ray("status", path, "--address", cluster.url)
+    assert status.returncode == 0
+    assert status.stdout.startswith("heard-a1: done (exit code 0)\n")
+    assert f"tale-ray show {folder / 'heard'}" in status.stdout
+    assert cluster.tale_ray("stop", path, "--address", cluster.url).stdout == "heard-a1: done (exit code 0)\n"
+
+
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(
+    cluster: JobCluster, folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    path = write_job(folder, "stopped", LONG)
+    waiting = started(cluster, "submit", path, "--wait", "--attempts", 3)
+    wait_for((folder / "stopped" / "rounds" / "round-0000.parquet").exists)
+    second = cluster.tale_ray("submit", path, "--address", cluster.url)
+    assert second.returncode == 2
+    assert "stopped-a1 of the same run is running" in second.stderr
+    stop = cluster.tale_ray("stop", "stopped-a1", "--address", cluster.url)
+    assert (stop.returncode, stop.stderr) == (0, "")
+    assert stop.stdout == "stopped-a1: stopped; interrupted and resumable (exit code 75)\n"
+    _, errors = waiting.communicate(timeout=60)
+    assert waiting.returncode == 75, errors  # nobody submits again what was stopped on purpose
+    assert show(folder / "stopped")["state"] == "interrupted"
+    assert (
+        "SIGTERM was received: everything finished is stored"
+        in cluster.tale_ray("logs", "stopped-a1", "--address", cluster.url).stdout
+    )
+
+    again = cluster.tale_ray("submit", path, "--wait", "--address", cluster.url)
+    assert again.returncode == 0, again.stderr
+    assert "submitted stopped-a2" in again.stderr
+    shown = show(folder / "stopped")
+    assert (shown["state"], shown["attempts"]) == ("finished", 2)
+    assert decisions(folder / "stopped") == undisturbed
+
+
+def test_a_lost_driver_is_replaced(cluster: JobCluster, folder: Path, undisturbed: dict[str, Any]) -> None:
+    path = write_job(folder, "lost", LONG, attempts=2)
+    waiting = started(cluster, "submit", path, "--follow")
+    wait_for((folder / "lost" / "rounds" / "round-0000.parquet").exists)
+    driver_of(folder / "lost").send_signal(signal.SIGKILL)
+    _, errors = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, errors
+    assert "lost-a1: its driver is lost; interrupted and resumable (exit code 75); submitting it again" in errors
+    assert show(folder / "lost")["attempts"] == 2
+    assert decisions(folder / "lost") == undisturbed
+
+
+def test_an_interrupted_driver_is_replaced(cluster: JobCluster, folder: Path) -> None:
+    """A time limit ends each attempt with 75; together they come to the end."""
+    path = write_job(folder, "limited", {**SEARCH, "time_limit": 1}, attempts=2)
+    outcome = cluster.tale_ray("submit", path, "--wait", "--address", cluster.url)
+    assert outcome.returncode == 75
+    assert outcome.stderr.count("limited-a1: interrupted and resumable (exit code 75); submitting it again") == 1
+    assert "limited-a2: interrupted and resumable (exit code 75)\n" in outcome.stderr
+
+
+def test_a_request_that_cannot_be_met_is_not_made_again(cluster: JobCluster, folder: Path) -> None:
+    path = write_job(folder, "huge", {**SEARCH, "gpus_per_worker": 8}, attempts=3)
+    outcome = cluster.tale_ray("submit", path, "--follow", "--address", cluster.url)
+    assert outcome.returncode == 2
+    assert "no node of the cluster can ever give that" in outcome.stdout
+    assert "huge-a1: the request cannot be met (exit code 2)" in outcome.stderr
+    assert "again" not in outcome.stderr
+
+
+def test_ctrl_c_leaves_the_job_running(cluster: JobCluster, folder: Path) -> None:
+    path = write_job(folder, "left", LONG)
+    following = started(cluster, "submit", path, "--follow")
+    wait_for((folder / "left" / "rounds" / "round-0000.parquet").exists)
+    following.send_signal(signal.SIGINT)
+    _, errors = following.communicate(timeout=60)
+    assert following.returncode == 75
+    assert (
+        f"left-a1 goes on without this command: follow it with `tale-ray logs left-a1 --address {cluster.url}" in errors
+    )
+    assert "Traceback" not in errors
+    assert driver_of(folder / "left").is_running()
+    back = cluster.tale_ray("logs", path, "--follow", "--address", cluster.url)
+    assert back.returncode == 0, back.stderr
+    assert "finished (max_removed)" in back.stdout
 
 
 @pytest.mark.parametrize("token", [None, "w" * 32])
