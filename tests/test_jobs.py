@@ -70,14 +70,16 @@ def driver_of(run: Path) -> psutil.Process:
 
 
 def started(cluster: JobCluster, *arguments: object, url: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(cluster.command(*arguments, "--address", url or cluster.url), **cluster.options())
+    command = cluster.command(*arguments, "--address", url or cluster.url)
+    heeding = ["env", "--default-signal=INT"]  # a process in the background of a shell ignores Ctrl-C
+    return subprocess.Popen([*heeding, *command], **cluster.options())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The decisions of the long search, without a cluster and without a fault."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    search(**{**LONG, "workers": 1}, run=run, local=True)
+    search(**LONG, run=run, local=True)
     return decisions(run)
 
 
@@ -127,7 +129,7 @@ class CuttingProxy:
 
 
 def test_a_followed_job_is_heard_to_its_end_though_the_connection_drops(cluster: JobCluster, folder: Path) -> None:
-    path = write_job(folder, "heard", LONG)
+    path = write_job(folder, "heard", {**LONG, "workers": 2})
     lines = []
     with (
         contextlib.closing(CuttingProxy(int(cluster.url.rpartition(":")[2]))) as proxy,

@@ -34,14 +34,22 @@ address="$head:$((20000 + SLURM_JOB_ID % 20000))" # two jobs may share a node
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
-# The last command of `ray symmetric-run` is `ray stop`, which ends every process of Ray that it sees on its node.
+pid_file=$(mktemp)
+trap 'rm -f "$pid_file"' EXIT
+
+# Note the search's process id, run it, and end Ray with it. The last thing that `ray symmetric-run` does is `ray stop`,
+# which ends every process of Ray that it sees on its node.
+# shellcheck disable=SC2016  # that shell, and not this one, knows its process id
 srun ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus "$SLURM_CPUS_PER_TASK" -- \
+  sh -c 'echo "$$" >"$0"; exec "$@"' "$pid_file" \
   tale-ray search --address "$address" --run "$run" --model "$model" --task "$task" \
   --gpus-per-worker "$gpus_per_worker" --cpus-per-worker "$cpus_per_worker" "${more[@]}" &
 step=$!
 
+# Tell the search alone, which is on this node: a signal to srun, or to the step, would kill it before it has stored
+# anything. Before it is there, nothing is lost with the step.
 stopping=
-trap 'stopping=yes; kill -TERM "$step"' TERM
+trap 'stopping=yes; driver=$(cat "$pid_file"); kill -TERM "${driver:-$step}"' TERM
 
 code=0
 wait "$step" || code=$?
@@ -51,7 +59,7 @@ if [ -n "$stopping" ]; then # the signal ended the wait, not the step
 fi
 
 echo "tale-ray exited with $code"
-if [ "$code" -eq 75 ]; then
+if [ "$code" -eq 75 ] || { [ -n "$stopping" ] && [ "$code" -gt 128 ]; }; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
