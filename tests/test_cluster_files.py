@@ -214,9 +214,13 @@ def test_symmetric_run_runs_the_search_of_the_slurm_script(slurm: dict[str, str]
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("namespaces")
-def test_an_interrupted_search_is_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    slurm["OPTIONS"] = "--rows 12 --time-limit 1"
-    outcome = unshared("bash", CLUSTERS / "slurm.sh", env=slurm)
+def test_a_search_that_slurm_interrupts_is_stored_and_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
+    """As Slurm does two minutes before the end: the script alone gets the signal."""
+    slurm["OPTIONS"] = "--rows 400 --exhaustive --splits search=1"
+    waiting = 'until [ -e "$RUN/rounds/round-0000.parquet" ]; do sleep 0.1; done'
+    outcome = unshared("bash", "-c", f'bash "$0" & {waiting}; kill -TERM $!; wait $!', CLUSTERS / "slurm.sh", env=slurm)
     assert outcome.returncode == 75, outcome.stdout + outcome.stderr
+    assert "SIGTERM was received: everything finished is stored" in outcome.stderr
     assert outcome.stdout.endswith("tale-ray exited with 75\n")
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert show(tmp_path / "run")["state"] == "interrupted"

@@ -48,7 +48,8 @@ step=$!
 
 # Tell the search alone, which is on this node: a signal to srun, or to the step, would kill it before it has stored
 # anything. Before it is there, nothing is lost with the step.
-stopping=
+stopping=""
+driver=""
 trap 'stopping=yes; driver=$(cat "$pid_file"); kill -TERM "${driver:-$step}"' TERM
 
 code=0
