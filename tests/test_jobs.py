@@ -26,10 +26,15 @@ SEARCH = {
     "task": "boolean_synthetic",
     "rows": 24,
     "max_removed": 2,
-    "workers": 2,
-    "exhaustive": True,
+    "workers": 1,
 }
-LONG = {**SEARCH, "rows": 600, "splits": {"search": 1}, "max_removed": 4}  # still running when it is looked at
+LONG = {
+    **SEARCH,
+    "exhaustive": True,
+    "rows": 400,
+    "splits": {"search": 1},
+    "max_removed": 3,
+}  # still running when it is looked at
 
 
 @pytest.fixture(scope="module")

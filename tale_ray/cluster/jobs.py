@@ -7,8 +7,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from textwrap import shorten
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 
 from tale_ray.cluster.job_state import JobState, next_id
 from tale_ray.cluster.submission import JobRequest
-from tale_ray.errors import ConfigError, InfeasibleError, Interrupted
+from tale_ray.errors import ConfigError, InfeasibleError, Interrupted, TaleRayError
 from tale_ray.store.uris import strip_credentials
 
 logger = logging.getLogger("tale_ray.cluster")
@@ -35,11 +36,16 @@ QUIET_SECONDS = 5.0  # without a line, until the state is looked at
 RUN_KEY = "tale_ray_run"  # in a job's metadata
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to an address that is given
 _NO_AGENT = "No available agent"
+_AWAY = re.compile(r"status code 50[234]\b")  # said by a proxy whose server is away
 _DROPPED = (ConnectionError, requests.ConnectionError, requests.Timeout, aiohttp.ClientError, TimeoutError)
 _TOKEN_REMEDY = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own token "
     "(on its head: ~/.ray/auth_token, or what RAY_AUTH_TOKEN is there)"
 )
+
+
+class _UnknownJob(TaleRayError):
+    """The server knows no job of this id."""
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
@@ -81,39 +87,36 @@ class Jobs:
             InfeasibleError: an earlier submission of the run has not ended, or the cluster refuses the job.
             Interrupted: the cluster does not answer any more.
         """
-        for state in self.submissions(request.run):
-            if not state.ended:
-                raise InfeasibleError(
-                    f"{state.id} of the same run is {state.status.lower()}: follow it with `tale-ray logs {state.id} "
-                    f"--follow --address {self.address}`, or end it with `tale-ray stop` first"
-                )
         deadline = time.monotonic() + START_SECONDS
+        unanswered: set[str] = set()
         while True:
-            job = next_id(request.name, [state.id for state in self.submissions()])
+            known = self.submissions()
+            if taken := unanswered & {state.id for state in known}:
+                return taken.pop()  # only the answer was lost
+            self._check_idle(request.run, known)
+            job = next_id(request.name, [state.id for state in known])
             try:
-                self._patiently(
-                    lambda job=job: self._client.submit_job(  # type: ignore[misc]
-                        submission_id=job,
-                        entrypoint=request.entrypoint,
-                        runtime_env=dict(request.runtime_env),
-                        metadata={**request.metadata, RUN_KEY: strip_credentials(request.run)},
-                        entrypoint_num_cpus=request.num_cpus or None,
-                    )
-                )
+                self._refusing(lambda job=job: self._post(job, request))  # type: ignore[misc]
+            except InfeasibleError:
+                raise
+            except _DROPPED as error:
+                unanswered.add(job)
+                problem: Exception = Interrupted(f"the cluster at {self.address} does not answer: {_first_line(error)}")
             except (RuntimeError, ValueError) as error:
-                is_early = _NO_AGENT in str(error)
-                if (is_early or f"{job} already exists" in str(error)) and time.monotonic() < deadline:
-                    logger.info("the cluster takes no job yet; trying again" if is_early else f"{job} is taken")
-                    time.sleep(POLL_SECONDS)
-                    continue
-                problem = (
-                    f"has taken no job for {START_SECONDS:g} s, for its head has no job agent: look at "
-                    "dashboard_agent.log there"
-                    if is_early
-                    else f"refuses the job: {_last_line(error)}; correct the job file"
+                if _NO_AGENT not in str(error) and f"{job} already exists" not in str(error):
+                    raise InfeasibleError(
+                        f"the cluster at {self.address} refuses the job: {_last_line(error)}; correct the job file"
+                    ) from error
+                problem = InfeasibleError(
+                    f"the cluster at {self.address} has taken no job for {START_SECONDS:g} s ({_last_line(error)}): "
+                    "look at dashboard_agent.log on its head"
                 )
-                raise InfeasibleError(f"the cluster at {self.address} {problem}") from error
-            return job
+            else:
+                return job
+            if time.monotonic() >= deadline:
+                raise problem
+            logger.info("no job was taken yet; trying again: %s", problem)
+            time.sleep(POLL_SECONDS)
 
     def state(self, job: str) -> JobState | None:
         """Return the state of a submission; None if the cluster does not know it.
@@ -122,19 +125,21 @@ class Jobs:
             Interrupted: the cluster does not answer any more.
         """
         try:
-            return _state(self._patiently(lambda: self._client.get_job_info(job)))
-        except RuntimeError as error:
-            if "status code 404" in str(error):
-                return None
-            raise
+            return _state(self._about(job, lambda: self._client.get_job_info(job)))
+        except _UnknownJob:
+            return None
 
     def stop(self, job: str) -> None:
         """Ask a submission to end. It gets SIGTERM, and time to store what it has."""
-        self._patiently(lambda: self._client.stop_job(job))
+        self._about(job, lambda: self._client.stop_job(job))
 
     def logs(self, job: str) -> str:
-        """Return everything that a submission has printed."""
-        return str(self._patiently(lambda: self._client.get_job_logs(job)))
+        """Return everything that a submission has printed.
+
+        Raises:
+            TaleRayError: the node where the log was is gone.
+        """
+        return str(self._about(job, lambda: self._client.get_job_logs(job)))
 
     def follow(self, job: str) -> Iterator[str]:
         """Yield what a submission prints, from the beginning, until it has ended.
@@ -155,7 +160,7 @@ class Jobs:
                 break
             time.sleep(POLL_SECONDS)
         if state is not None:
-            with contextlib.suppress(RuntimeError):  # its node, where the log was, is gone
+            with contextlib.suppress(TaleRayError):  # its node, where the log was, is gone
                 if rest := self.logs(job)[count:]:
                     yield rest
 
@@ -189,6 +194,35 @@ class Jobs:
             finally:
                 runner.run(_close(stream, piece))
 
+    def _check_idle(self, run: str, known: Sequence[JobState]) -> None:
+        for state in known:
+            if state.run == strip_credentials(run) and not state.ended:
+                raise InfeasibleError(
+                    f"{state.id} of the same run is {state.status.lower()}: follow it with `tale-ray logs {state.id} "
+                    f"--follow --address {self.address}`, or end it with `tale-ray stop` first"
+                )
+
+    def _post(self, job: str, request: JobRequest) -> None:
+        self._client.submit_job(
+            submission_id=job,
+            entrypoint=request.entrypoint,
+            runtime_env=dict(request.runtime_env),
+            metadata={**request.metadata, RUN_KEY: strip_credentials(request.run)},
+            entrypoint_num_cpus=request.num_cpus or None,
+        )
+
+    def _about(self, job: str, call: Callable[[], Result]) -> Result:
+        """Return what a call about a job returns.
+
+        Raises:
+            TaleRayError: the server cannot answer it; `_UnknownJob` if there is no such job.
+        """
+        try:
+            return self._patiently(call)
+        except RuntimeError as error:
+            kind = _UnknownJob if "status code 404" in str(error) else TaleRayError
+            raise kind(f"{job}: the cluster at {self.address} cannot say: {_last_line(error)}") from error
+
     def _patiently(self, call: Callable[[], Result]) -> Result:
         """Return what a call returns, tried again while the server is away for a moment.
 
@@ -217,6 +251,10 @@ class Jobs:
                 f"the cluster at {self.address} asks for a token, and refuses what it got ({_first_line(error)}): "
                 f"{_TOKEN_REMEDY}"
             ) from error
+        except RuntimeError as error:
+            if _AWAY.search(str(error)):
+                raise ConnectionError(_first_line(error)) from error
+            raise
 
     def _connect(self, address: str) -> Any:
         try:
