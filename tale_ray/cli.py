@@ -17,6 +17,7 @@ from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
+from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
 from tale_ray.config import (
     DEFAULT_SPLITS,
     DType,
@@ -290,6 +291,10 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     spec = load_task(name)
     click.echo(f"# The file of the task {spec.name}. Copy and change it, and search with --task PATH.")
     click.echo(spec.text.rstrip())
+
+
+for _command in JOB_COMMANDS:
+    cli.add_command(_command)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
