@@ -245,10 +245,18 @@ def test_without_boto3_the_best_effort_is_said(
     weather = Weather()
     with RunWriter.claim(place.uri, clock=weather.clock):
         assert weather.slept == [store_lease.SETTLE_SECONDS]
-        assert caplog.text.count("boto3 is not installed (pip install 'tale-ray[s3]')") == 1
+        assert caplog.text.count("boto3 1.36 is not installed (pip install 'tale-ray[s3]')") == 1
         with pytest.raises(LeaseHeld):
             RunWriter.claim(place.uri, clock=weather.clock)
     assert place.names() == []
+
+
+def test_a_boto3_that_knows_no_conditions_is_none(
+    s3_server: S3Server, place: S3Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("boto3.__version__", "1.34.162")
+    with RunWriter.claim(place.uri, clock=Weather().clock):
+        assert "boto3 1.36 is not installed" in caplog.text
 
 
 def test_a_writer_that_lost_its_lease_starts_no_further_write(s3_server: S3Server, place: S3Place) -> None:

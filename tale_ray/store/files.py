@@ -190,7 +190,7 @@ class Files:
         try:
             objects = ConditionalObjects(address)
         except ImportError:
-            reason = "boto3 is not installed (pip install 'tale-ray[s3]')"
+            reason = f"boto3 {'.'.join(map(str, s3.BOTO3))} is not installed (pip install 'tale-ray[s3]')"
         else:
             if objects.works(probe):
                 return objects
