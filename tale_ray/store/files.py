@@ -190,7 +190,7 @@ class Files:
         try:
             objects = ConditionalObjects(address)
         except ImportError:
-            reason = "boto3 is not installed (pip install 'tale-ray[s3]')"
+            reason = f"boto3 {'.'.join(map(str, s3.BOTO3))} is not installed (pip install 'tale-ray[s3]')"
         else:
             if objects.works(probe):
                 return objects
@@ -253,6 +253,26 @@ class Files:
             StorageAway: it failed every time.
         """
         self.patiently(f"writing {name}", partial(self.put, name, data, allowed))
+
+    def write_new(self, name: str, data: bytes, allowed: Callable[[], None]) -> bool:
+        """As `write`, but return False if there is a file of that name: then nothing is written.
+
+        On conditional storage that holds to the last: a file that appears meanwhile stays, too.
+
+        Raises:
+            StorageAway: it failed every time.
+        """
+        if (objects := self._conditional) is not None:
+
+            def create() -> bool:
+                allowed()
+                return objects.put(name, data, None)
+
+            return self.patiently(f"writing {name}", create)
+        if self.patiently(f"looking for {name}", partial(self.has, name)):
+            return False
+        self.write(name, data, allowed)
+        return True
 
     def put(self, name: str, data: bytes, allowed: Callable[[], None] = lambda: None) -> None:
         """As `write`, in one try; an error of the file system is passed on."""

@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -119,10 +118,9 @@ class RunWriter:
         A round that is stored already is superseded, never overwritten.
         """
         stored = StoredRound(round_, self.attempt, work, digest_round(round_, parent), parent)
-        path = layout.round_file(round_.number)
-        if self._files.patiently(f"looking for {path}", partial(self._files.has, path)):
-            path = layout.round_file(round_.number, self.attempt)
-        self._write(path, dump_round(stored, self._run_name()))
+        data = dump_round(stored, self._run_name())
+        if not self._files.write_new(layout.round_file(round_.number), data, self._lease.check):
+            self._write(layout.round_file(round_.number, self.attempt), data)
         return stored
 
     def write_answers(self, sheet: AnswerSheet) -> None:

@@ -6,12 +6,14 @@ and credentials from here. Does not know which files there are.
 
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow.fs
 
 SCHEME = "s3://"
+BOTO3 = (1, 36)  # the first that has all that is asked of it
 ATTEMPTS = 3  # of one request, by the client itself; longer outages are waited for by whoever writes
 CONNECT_SECONDS = 3.0
 REPLY_SECONDS = 10.0  # without a byte
@@ -49,12 +51,11 @@ class S3Address:
         Raises:
             OSError: the bucket's region is not named and cannot be found out.
         """
-        region = self.region or pyarrow.fs.resolve_s3_region(self.bucket)
         return pyarrow.fs.S3FileSystem(
             access_key=self.access_key,
             secret_key=self.secret_key,
             anonymous=self.anonymous,
-            region=region,
+            region=self.region or _region_of(self.bucket),
             scheme=self.scheme,
             endpoint_override=self.endpoint,
             force_virtual_addressing=self.virtual,
@@ -70,17 +71,20 @@ class S3Address:
         """Return boto3's client for the same bucket.
 
         Raises:
-            ImportError: boto3 is not installed.
+            ImportError: boto3 is not installed, or older than the extra `s3` asks for.
             OSError: the bucket's region is not named and cannot be found out.
         """
         import boto3
         import botocore
         from botocore.config import Config
 
+        if tuple(map(int, boto3.__version__.split(".")[:2])) < BOTO3:
+            raise ImportError(f"boto3 {boto3.__version__} knows no conditions")
+
         style = "virtual" if self.virtual else "path" if self.endpoint else "auto"
         return boto3.session.Session().client(
             "s3",
-            region_name=self.region or pyarrow.fs.resolve_s3_region(self.bucket),
+            region_name=self.region or _region_of(self.bucket),
             endpoint_url=f"{self.scheme}://{self.endpoint}" if self.endpoint else None,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
@@ -91,10 +95,16 @@ class S3Address:
                 retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
                 signature_version=botocore.UNSIGNED if self.anonymous else None,
                 s3={"addressing_style": style},
+                ignore_configured_endpoint_urls=True,  # pyarrow does not read those of ~/.aws/config
                 request_checksum_calculation="when_required",  # stores other than AWS do not all know them
                 response_checksum_validation="when_required",
             ),
         )
+
+
+@cache
+def _region_of(bucket: str) -> str:
+    return str(pyarrow.fs.resolve_s3_region(bucket))
 
 
 def parse_address(uri: str) -> S3Address:
