@@ -126,13 +126,15 @@ class SimulatedCluster:
         if to.running is None:
             self._begin(to, self.now)
 
-    def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:  # noqa: ARG002
-        """Return the next event, and let the clock be there."""
-        while True:
-            assert self._events, "no worker is left, and none will come"
-            at, _, what, worker, life = heapq.heappop(self._events)
-            if worker.life == life:
-                break
+    def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:
+        """Return the next event, and let the clock be there; nothing if it is later than the timeout."""
+        while self._events and self._events[0][3].life != self._events[0][4]:
+            heapq.heappop(self._events)
+        assert self._events, "no worker is left, and none will come"
+        if self._events[0][0] > self.now + timeout_seconds:
+            self.now += timeout_seconds
+            return ()
+        at, _, what, worker, _ = heapq.heappop(self._events)
         self.now = max(self.now, at) + self._costs.handling
         match what:
             case "join":
@@ -200,7 +202,7 @@ class SimulatedCluster:
         worker.opened.clear()
         worker.running = None
         self._expect(at + self._plan.rejoin_seconds, "join", worker)
-        return WorkerLost(worker.name, "its node is gone")
+        return WorkerLost(worker.name, "its node is gone", is_suspect=False)
 
 
 class MemoryWriter:
@@ -276,7 +278,7 @@ def simulate(workload: Workload, plan: Plan, costs: Costs = Costs()) -> Searched
         strategy=make_strategy(workload.strategy),
         history=History(num_layers=workload.times.num_layers, start=workload.strategy.remove),
         examples={"search": _examples(workload.num_rows)},
-        pool=Pool(cluster, Interruption()),
+        pool=Pool(cluster, Interruption(), clock=lambda: cluster.now),
         writer=writer,  # type: ignore[arg-type]
         recommend=lambda scores: len(scores) - 1,
         loaded_at=0.0,
