@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,6 +48,15 @@ class Observed:
         """From the first worker's having loaded to the first unit: tokenising, and giving out the rows."""
         first = self.ends[0] - self.results[0].seconds
         return max(0.0, self.seconds - (self.committed_at - first))
+
+    @property
+    def gap_seconds(self) -> float:
+        """Between two units of one worker that follow each other, in the median: the call itself."""
+        pairs = zip(self.results, self.results[1:], self.ends, self.ends[1:], strict=False)
+        gaps = [
+            end - before - late.seconds for early, late, before, end in pairs if early.unit.scope == late.unit.scope
+        ]
+        return max(0.0, statistics.median(gaps)) if gaps else 0.0
 
     @property
     def costs(self) -> Costs:
@@ -132,7 +141,12 @@ def validate(
     if decided(real[1]) != decided(real[2]):
         raise click.ClickException("one worker and two decided differently")
     num_layers = real[1].summary["num_layers"]
-    times = {number: fit_unit_times(found.results, num_layers) for number, found in real.items()}
+    gap = real[1].gap_seconds
+    times = {
+        number: replace(fitted, fixed_seconds=fitted.fixed_seconds + gap)
+        for number, found in real.items()
+        if (fitted := fit_unit_times(found.results, num_layers))
+    }
     setup = real[1].setup_seconds
     found = []
     for number, observed in real.items():
