@@ -1,7 +1,7 @@
 """The figures of the document, drawn from what was measured."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,23 @@ def draw_scaling(axes_measured: Mapping[str, Any], path: Path) -> None:
         _draw_axis(panel, axis, points)
     panels[0].set_ylabel("seconds of one exhaustive round")
     panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_efficiency(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the efficiency of simulated searches over numbers of workers."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for curve, style in zip(curves, ("o-", "s--", "^-", "d:"), strict=False):
+        workers = [point["workers"] for point in curve["points"]]
+        axes.plot(workers, [point["efficiency"] for point in curve["points"]], style, label=curve["name"], markersize=4)
+    axes.set_xscale("log", base=2)
+    ticks = [point["workers"] for point in curves[0]["points"]]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("workers")
+    axes.set_ylabel("efficiency")
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

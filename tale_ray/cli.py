@@ -1,10 +1,11 @@
 """The command line: parse, call, print. Errors become exit codes here and nowhere else."""
 
+import contextlib
 import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import click
@@ -12,6 +13,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 import tale_ray
+from tale_ray import watch
 from tale_ray.api import evaluated_config, make_config, resumed_config, resumed_study
 from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
@@ -28,14 +30,11 @@ from tale_ray.config import (
     splits_text,
 )
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
+from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
 from tale_ray.progress import Display
-from tale_ray.results.study import summarize_study
-from tale_ray.results.study_tables import study_table
-from tale_ray.results.summary import summarize
-from tale_ray.results.tables import count_text, evaluation_json, evaluation_text, output_console, run_table
+from tale_ray.results.tables import count_text, evaluation_json, evaluation_text
 from tale_ray.search.interruption import Interruption
-from tale_ray.store.reader import RunReader
 from tale_ray.store.study import StudyFolder
 from tale_ray.store.uris import strip_credentials
 from tale_ray.tasks.data import count_rows
@@ -107,6 +106,9 @@ resource_options = _options(
 time_limit_option = click.option(
     "--time-limit", metavar="DURATION", help="Stop after 90, 30m, 2h ...; exit 75, resumable."
 )
+log_json_option = click.option(
+    "--log-json", is_flag=True, help="Write progress and logs to stderr as JSON, an object on a line."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -156,10 +158,11 @@ def cli() -> None:
         help="Go on with what the run folder holds: if there is something, always, or never.",
     ),
     time_limit_option,
+    log_json_option,
     click.option("--dry-run", is_flag=True, help="Check everything that needs no model, print it, and stop."),
 )
 @click.pass_context
-def search(context: click.Context, /, dry_run: bool, seeds: str | None, **options: Any) -> None:
+def search(context: click.Context, /, dry_run: bool, log_json: bool, seeds: str | None, **options: Any) -> None:
     """Search for the layers that a task is better off without.
 
     Goes on with an unfinished search, and prints the result of a finished one again.
@@ -170,7 +173,7 @@ def search(context: click.Context, /, dry_run: bool, seeds: str | None, **option
         for each in [config] if chosen is None else plan_study(config, chosen)[1]:
             _print_plan(plan_search(each))
     else:
-        _search(config, chosen)
+        _search(config, chosen, log_json)
 
 
 @cli.command()
@@ -183,28 +186,31 @@ def search(context: click.Context, /, dry_run: bool, seeds: str | None, **option
 @click.option("--max-removed", type=int, metavar="N", help="A larger one than the run has.")
 @resource_options
 @time_limit_option
+@log_json_option
 @click.pass_context
-def resume(context: click.Context, /, run: str, **options: Any) -> None:
+def resume(context: click.Context, /, run: str, log_json: bool, **options: Any) -> None:
     """Go on with a run from its folder, wherever it is now.
 
     On the cluster that it was on, unless --address or --local names another place. A finished run goes on too where
     --epsilon or --max-removed is larger than it was. A study goes on with each of its runs.
     """
     if StudyFolder(run).exists():
-        _search(*resumed_study(run, **_changed(context, options)))
+        _search(*resumed_study(run, **_changed(context, options)), log_json)
     else:
-        _search(resumed_config(run, **_changed(context, options)))
+        _search(resumed_config(run, **_changed(context, options)), None, log_json)
 
 
 @cli.command()
 @click.argument("run")
 @json_option
-def show(run: str, as_json: bool) -> None:
+@click.option("--watch", "is_watched", is_flag=True, help="Show it again whenever it has changed, until it has ended.")
+def show(run: str, as_json: bool, is_watched: bool) -> None:
     """Show what a run, or a study, has found.
 
-    Reads its folder alone: while it runs, after a kill, when the cluster is gone.
+    Reads its folder alone: while it runs, after a kill, when the cluster is gone. With --watch and --json, every change
+    is an object on a line.
     """
-    _show(run, as_json)
+    (watch.watch if is_watched else watch.show)(run, as_json)
 
 
 @cli.command()
@@ -221,10 +227,18 @@ def show(run: str, as_json: bool) -> None:
     help="Rows to score.",
 )
 @resource_options
+@log_json_option
 @json_option
 @click.pass_context
 def evaluate(
-    context: click.Context, /, run: str | None, pick: str | None, split: str, as_json: bool, **options: Any
+    context: click.Context,
+    /,
+    run: str | None,
+    pick: str | None,
+    split: str,
+    log_json: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Score a model without some of its layers.
 
@@ -233,9 +247,8 @@ def evaluate(
     given = _given(options) if run is None else _changed(context, options)
     config, expected = evaluated_config(run, pick, **given)
     interruption = Interruption()
-    console = Console(stderr=True)
     evaluation = None
-    with interruption.on_signals(), Display(console) as display:
+    with interruption.on_signals(), _shown(log_json) as display:
         chosen: Any = None if split == "all" else split
         for event in run_evaluation(config, expected, chosen, interruption):
             if isinstance(event, Evaluation):
@@ -321,11 +334,25 @@ def _chosen_seeds(context: click.Context, seeds: str | None, seed: int) -> tuple
     return None if one is ParameterSource.COMMANDLINE else parse_seeds(seeds)
 
 
-def _search(config: SearchConfig, seeds: Sequence[int] | None = None) -> None:
+@contextlib.contextmanager
+def _shown(log_json: bool) -> Iterator[Display | LogLines]:
+    """Show events on stderr, for people or for programs; an error that ends the block is among the latter's."""
+    if not log_json:
+        with Display(Console(stderr=True)) as display:
+            yield display
+        return
+    try:
+        with LogLines(sys.stderr) as lines:
+            yield lines
+    except TaleRayError as error:
+        sys.exit(error.exit_code)
+
+
+def _search(config: SearchConfig, seeds: Sequence[int] | None, log_json: bool) -> None:
     """Search, once or with each seed, show how it goes on stderr, and print the result on stdout."""
     interruption = Interruption()
     run = None
-    with interruption.on_signals(config.storage.time_limit_seconds), Display(Console(stderr=True)) as display:
+    with interruption.on_signals(config.storage.time_limit_seconds), _shown(log_json) as display:
         try:
             for event in run_search(config, interruption) if seeds is None else run_study(config, seeds, interruption):
                 if isinstance(event, StudyOpened):
@@ -343,16 +370,7 @@ def _search(config: SearchConfig, seeds: Sequence[int] | None = None) -> None:
             )
             raise Interrupted(f"{error}: {remedy}") from error
     assert run is not None
-    _show(run, as_json=False)
-
-
-def _show(run: str, as_json: bool) -> None:
-    is_study = StudyFolder(run).exists()
-    summary = summarize_study(StudyFolder(run)) if is_study else summarize(RunReader(run))
-    if as_json:
-        click.echo(json.dumps(summary, indent=2, ensure_ascii=False))
-    else:
-        output_console().print(study_table(summary) if is_study else run_table(summary), soft_wrap=True)
+    watch.show(run, as_json=False)
 
 
 def _print_plan(plan: SearchPlan) -> None:

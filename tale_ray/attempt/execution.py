@@ -1,6 +1,6 @@
 """Making an executor, with the questions that its workers answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tale_ray.attempt.rows import PreparedRows
 from tale_ray.cluster.authentication import protect_private_cluster
@@ -20,6 +20,15 @@ def make_executor(config: SearchConfig, name: str) -> Executor:
     from tale_ray.cluster.ray_executor import RayExecutor  # ray is wanted in this process only now
 
     return RayExecutor(config.model, config.dtype, config.resources, name)
+
+
+def make_metrics(config: SearchConfig, run: str) -> Callable[[object], None]:
+    """Return what is to be told every event of a search, so that Ray exports its metrics; nothing without Ray."""
+    if config.resources.local:
+        return lambda event: None  # noqa: ARG005
+    from tale_ray.cluster.metrics import SearchMetrics  # ray is wanted in this process only now
+
+    return SearchMetrics(run).note
 
 
 def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo) -> Questions:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from tale_ray.attempt.execution import encode_questions, make_executor, similar_ranks, token_digests
+from tale_ray.attempt.execution import encode_questions, make_executor, make_metrics, similar_ranks, token_digests
 from tale_ray.attempt.identity import differences, identity_digest, run_identity, with_absolute_paths
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
@@ -165,8 +165,11 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             exhaustive=config.strategy.exhaustive,
             max_new_tokens=questions.max_new_tokens,
         )
+        tell_metrics = make_metrics(config, manifest.run)
         with _ending(writer, driver):
-            yield from driver.run()
+            for event in driver.run():
+                tell_metrics(event)
+                yield event
 
 
 def _claim(run: str, interruption: Interruption) -> RunWriter:

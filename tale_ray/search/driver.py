@@ -38,6 +38,17 @@ class ScoringStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitStored:
+    """A unit is in the store."""
+
+    unit: int
+    scope: str
+    worker: str
+    candidate_rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RoundFinished:
     """A round is in the store."""
 
@@ -69,7 +80,9 @@ class HeldOutScored:
     score: Score
 
 
-SearchEvent: TypeAlias = ScoringStarted | PoolEvent | RoundFinished | SearchEnded | RoundSelected | HeldOutScored
+SearchEvent: TypeAlias = (
+    ScoringStarted | PoolEvent | UnitStored | RoundFinished | SearchEnded | RoundSelected | HeldOutScored
+)
 Recommend: TypeAlias = Callable[
     [Sequence[Score]], int
 ]  # from the scores of all rounds on the select rows: which to use
@@ -290,8 +303,10 @@ class Driver:
         try:
             for step in self._pool.run(scheduler):
                 if isinstance(step, Keep):
+                    result, unit = step.result, step.result.unit
                     digests = self._digests[scoring.split]
-                    self._writer.write_unit(step.result, [digests[row] for row in step.result.unit.rows])
+                    self._writer.write_unit(result, [digests[row] for row in unit.rows])
+                    yield UnitStored(unit.number, unit.scope, result.worker, unit.candidate_rows, result.seconds)
                 else:
                     yield step
         finally:
