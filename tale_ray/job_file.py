@@ -184,6 +184,8 @@ def _check_search(options: Mapping[str, Any]) -> None:
         if options.get(name):
             raise ConfigError(f"search has {name}: leave it out; {remedy}")
     values = {name: value for name, value in options.items() if value is not None and name not in _PLACES}
+    if not isinstance(values.pop("log_json", False), bool):
+        raise ConfigError(f"log_json {options['log_json']!r} is not true or false: write one")
     seeds = values.pop("seeds", None)
     if seeds is not None:
         check_seeds(parse_seeds(",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)))

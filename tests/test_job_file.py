@@ -44,8 +44,8 @@ def searched(entrypoint: str) -> SearchConfig:
     context = click.Context(search_command)
     search_command.parse_args(context, list(arguments))
     options = {name: value for name, value in context.params.items() if value is not None}
-    options.pop("dry_run")
-    options.pop("seeds", None)
+    for name in ("dry_run", "log_json", "seeds"):  # not about the search itself
+        options.pop(name, None)
     return make_config(**options)
 
 
@@ -82,6 +82,13 @@ def test_what_is_in_a_path_is_not_read_by_the_shell() -> None:
 def test_a_study_is_a_job_too() -> None:
     assert "--seeds=0,1,2" in searching(seeds=[0, 1, 2]).entrypoint
     assert "--seeds=0,1" in searching(seeds="0,1").entrypoint
+
+
+def test_a_job_may_log_json() -> None:
+    assert "--log-json" in shlex.split(searching(log_json=True).entrypoint)
+    assert "--log-json" not in searching(log_json=False).entrypoint
+    with pytest.raises(ConfigError, match="log_json 'yes' is not true or false"):
+        searching(log_json="yes")
 
 
 @pytest.mark.parametrize(
