@@ -56,9 +56,15 @@ def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server
     return s3_process
 
 
+@pytest.fixture
+def s3_place(s3_server: S3Server) -> S3Place:
+    """An empty folder for a run on S3."""
+    return S3Place(s3_server, f"{secrets.token_hex(4)}/run")
+
+
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """An empty folder for a run, on each kind of storage."""
     if request.param == "local":
         return LocalPlace(tmp_path / "run")
-    return S3Place(request.getfixturevalue("s3_server"), f"{secrets.token_hex(4)}/run")
+    return request.getfixturevalue("s3_place")  # type: ignore[no-any-return]

@@ -43,11 +43,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def place(s3_server: S3Server, tmp_path: Path) -> S3Place:
-    return S3Place(s3_server, f"{tmp_path.name}/run")
-
-
-@pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts drivers, and ends those that are left."""
     drivers: list[subprocess.Popen[str]] = []
@@ -79,15 +74,15 @@ def assert_decided_alike(one: str | Path, other: str | Path) -> None:
 
 
 def test_a_search_on_s3_that_is_killed_and_resumed_decides_as_a_local_one(
-    material: Material, s3_server: S3Server, place: S3Place, start: Callable[..., Any], tmp_path: Path
+    material: Material, s3_server: S3Server, s3_place: S3Place, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     rounds: dict[str, bytes] = {}
     for killed_at in ((0, 2), (1, 3)):  # rounds, and units of the one under way
-        began = "run.json" in place.names()
-        driver = start(*(["resume", place.uri] if began else material.arguments(place.uri)))
+        began = "run.json" in s3_place.names()
+        driver = start(*(["resume", s3_place.uri] if began else material.arguments(s3_place.uri)))
 
         def is_there(target: tuple[int, int] = killed_at) -> bool:
-            names = place.names()
+            names = s3_place.names()
             finished = sum(name.startswith("rounds/") for name in names)
             units = sum(name.startswith(f"partial/round-{finished:04d}/") for name in names)
             return (finished, units) >= target
@@ -95,61 +90,61 @@ def test_a_search_on_s3_that_is_killed_and_resumed_decides_as_a_local_one(
         wait_until(driver, is_there)
         driver.kill()
         driver.communicate()
-        found = {name: place.read(name) for name in place.names() if name.startswith("rounds/")}
+        found = {name: s3_place.read(name) for name in s3_place.names() if name.startswith("rounds/")}
         assert {name: found[name] for name in rounds} == rounds
         rounds = found
-        assert show(place.uri)["state"] == "interrupted"
-    final = start("resume", place.uri)
+        assert show(s3_place.uri)["state"] == "interrupted"
+    final = start("resume", s3_place.uri)
     _, said = final.communicate(timeout=DEADLINE_SECONDS)
     assert final.returncode == 0, said
-    assert {name: place.read(name) for name in rounds} == rounds
+    assert {name: s3_place.read(name) for name in rounds} == rounds
     assert material.search(tmp_path / "quiet").code == 0
-    assert_decided_alike(place.uri, tmp_path / "quiet")
-    summary = show(place.uri)
+    assert_decided_alike(s3_place.uri, tmp_path / "quiet")
+    summary = show(s3_place.uri)
     assert (summary["state"], summary["attempts"]) == ("finished", 3)
-    puts = [item.key.removeprefix(f"{place.key}/") for item in s3_server.requests("PUT", place.key)]
+    puts = [item.key.removeprefix(f"{s3_place.key}/") for item in s3_server.requests("PUT", s3_place.key)]
     tables = [name for name in puts if name.endswith(".parquet")]
     assert len(tables) > 100
     assert len(set(tables)) == len(tables), "no file is written twice, and each is one request"
-    assert command("show", place.uri).code == 0
-    assert "lease.json" not in place.names()
+    assert command("show", s3_place.uri).code == 0
+    assert "lease.json" not in s3_place.names()
 
 
 def test_a_second_driver_is_refused_and_the_first_is_undisturbed(
-    material: Material, place: S3Place, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    material: Material, s3_place: S3Place, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = start(*material.arguments(place.uri, "--task", material.long_task))
-    wait_until(driver, lambda: any(name.startswith("partial/") for name in place.names()))
+    driver = start(*material.arguments(s3_place.uri, "--task", material.long_task))
+    wait_until(driver, lambda: any(name.startswith("partial/") for name in s3_place.names()))
     monkeypatch.setattr(tale_ray.cluster.worker, "load_model", None)
-    for refused in (material.search(place.uri, "--task", material.long_task), command("resume", place.uri)):
+    for refused in (material.search(s3_place.uri, "--task", material.long_task), command("resume", s3_place.uri)):
         assert refused.code == 2
         assert f"is being written by process {driver.pid} on host" in refused.err
-    assert show(place.uri)["state"] == "running"
-    before = len(place.names())
-    wait_until(driver, lambda: len(place.names()) > before)
+    assert show(s3_place.uri)["state"] == "running"
+    before = len(s3_place.names())
+    wait_until(driver, lambda: len(s3_place.names()) > before)
     driver.terminate()
     driver.communicate()
     assert driver.returncode == 75
 
 
 def test_storage_that_goes_away_in_a_search_ends_it_resumably(
-    material: Material, s3_server: S3Server, place: S3Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Material, s3_server: S3Server, s3_place: S3Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_s3, "ATTEMPTS", 1)
     with monkeypatch.context() as patch:
         patch.setattr(store_files, "RETRY_SECONDS", (0.01, 0.02))
         s3_server.plan(Fault(kind="drop", key="/(rounds/round-0001|lease)", after=8))
-        ended = material.search(place.uri)
+        ended = material.search(s3_place.uri)
     assert ended.code == 75, ended.err
     assert "Traceback" not in ended.err
     assert "what was stored before is safe" in ended.err
     assert "go on with" in ended.err
     s3_server.plan()
-    assert show(place.uri)["stop_reason"] is None
-    place.delete("lease.json")  # it could not be given back, and this process is still there
-    assert command("resume", place.uri).code == 0
+    assert show(s3_place.uri)["stop_reason"] is None
+    s3_place.delete("lease.json")  # it could not be given back, and this process is still there
+    assert command("resume", s3_place.uri).code == 0
     assert material.search(tmp_path / "quiet").code == 0
-    assert_decided_alike(place.uri, tmp_path / "quiet")
+    assert_decided_alike(s3_place.uri, tmp_path / "quiet")
 
 
 def test_wrong_addresses_are_refused_before_a_model_is_loaded(
