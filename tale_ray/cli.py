@@ -19,6 +19,7 @@ from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
+from tale_ray.cli_doctor import doctor
 from tale_ray.config import (
     DEFAULT_SPLITS,
     DType,
@@ -303,6 +304,9 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     spec = load_task(name)
     click.echo(f"# The file of the task {spec.name}. Copy and change it, and search with --task PATH.")
     click.echo(spec.text.rstrip())
+
+
+cli.add_command(doctor)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
