@@ -1,12 +1,11 @@
 """The command line: parse, call, print. Errors become exit codes here and nowhere else."""
 
 import contextlib
-import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -19,16 +18,23 @@ from tale_ray.attempt.evaluate import Evaluation, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
+from tale_ray.cli_doctor import doctor
 from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
-from tale_ray.config import (
-    DEFAULT_SPLITS,
-    DType,
-    EpsilonMode,
-    ResumeMode,
-    SearchConfig,
-    parse_seeds,
-    splits_text,
+from tale_ray.cli_options import (
+    data_root_option,
+    include_path_option,
+    json_option,
+    log_json_option,
+    model_options,
+    resource_options,
+    seed_option,
+    shots_option,
+    splits_option,
+    task_options,
+    time_limit_option,
+    with_options,
 )
+from tale_ray.config import EpsilonMode, ResumeMode, SearchConfig, parse_seeds
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
@@ -42,74 +48,6 @@ from tale_ray.tasks.description import describe_task
 from tale_ray.tasks.harness import PREFIX as HARNESS
 from tale_ray.tasks.harness import load_harness_task
 from tale_ray.tasks.spec import builtin_tasks, load_task
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
-
-    return decorate
-
-
-model_options = _options(
-    click.option("--model", metavar="M", help="Hub id, folder, or `bundled`."),
-    click.option("--gguf", metavar="FILE", help="GGUF file in the model's folder."),
-    click.option("--revision", metavar="R", help="Revision of a hub model."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-    click.option(
-        "--dtype", type=click.Choice(get_args(DType)), default="auto", show_default=True, help="Of the weights."
-    ),
-)
-data_root_option = click.option(
-    "--data-root", metavar="DIR", envvar="TALE_RAY_DATA_ROOT", help="Local mirror of hub data sets."
-)
-include_path_option = click.option(
-    "--include-path", metavar="DIR", help="Folder of lm-eval task files, for `lm-eval:NAME`."
-)
-shots_option = click.option(
-    "--shots", type=int, metavar="K", default=0, show_default=True, help="Demonstrations before every prompt."
-)
-splits_option = click.option(
-    "--splits", metavar="SHARES", default=splits_text(DEFAULT_SPLITS), show_default=True, help="Shares of the rows."
-)
-seed_option = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Decides which rows are in which split, and which are shown."
-)
-task_options = _options(
-    click.option("--task", metavar="T", help="Built-in task, path of a task file, or lm-eval:NAME."),
-    click.option("--rows", type=int, metavar="N", help="Use the first N search rows.  [default: all]"),
-    shots_option,
-    splits_option,
-    seed_option,
-    data_root_option,
-    include_path_option,
-)
-resource_options = _options(
-    click.option("--local", is_flag=True, help="Run in this process, without Ray."),
-    click.option("--address", metavar="A", help="Ray cluster to join.  [default: $RAY_ADDRESS, else a private one]"),
-    click.option("--workers", type=int, metavar="N", help="At most N workers.  [default: as many as fit]"),
-    click.option("--gpus-per-worker", type=int, metavar="K", default=0, show_default=True, help="0 runs on CPU."),
-    click.option("--cpus-per-worker", type=int, metavar="K", default=1, show_default=True, help="CPU cores."),
-    click.option(
-        "--wait-resources",
-        metavar="SECONDS",
-        default="60",
-        show_default=True,
-        help="How long the first worker may look for a place.",
-    ),
-    click.option(
-        "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
-    ),
-)
-time_limit_option = click.option(
-    "--time-limit", metavar="DURATION", help="Stop after 90, 30m, 2h ...; exit 75, resumable."
-)
-log_json_option = click.option(
-    "--log-json", is_flag=True, help="Write progress and logs to stderr as JSON, an object on a line."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -130,7 +68,7 @@ def cli() -> None:
 @model_options
 @task_options
 @click.option("--seeds", metavar="LIST", help="Search once with each seed, e.g. 0,1,2, and compare: a study.")
-@_options(
+@with_options(
     click.option("--strategy", default="tale", show_default=True, help="How layers are chosen."),
     click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
     click.option(
@@ -146,7 +84,7 @@ def cli() -> None:
     click.option("--exhaustive", is_flag=True, help="Score every candidate on every row."),
 )
 @resource_options
-@_options(
+@with_options(
     click.option(
         "--run", metavar="DIR_OR_URI", help="Run folder, or that of a study.  [default: runs/<task>-<digest>]"
     ),
@@ -273,7 +211,7 @@ def tasks(context: click.Context, data_root: str | None) -> None:
 
 @tasks.command("show")
 @click.argument("name")
-@_options(
+@with_options(
     click.option("--model", metavar="M", help="Show a row as this model is asked it; its tokenizer is enough."),
     click.option("--row", type=int, metavar="N", help="Which row of the search split, from 0.  [default: 0]"),
     shots_option,
@@ -306,7 +244,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in JOB_COMMANDS:
+for _command in (doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

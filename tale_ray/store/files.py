@@ -186,6 +186,11 @@ class Files:
             self._system.delete_file(self.path(probe))
         self._is_patient = self._local is None
 
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether a lease here can never be held by two at once; known after `prepare`."""
+        return self._local is not None or self._conditional is not None
+
     def _find_conditions(self, address: s3.S3Address, probe: str) -> ConditionalObjects | None:
         try:
             objects = ConditionalObjects(address)
