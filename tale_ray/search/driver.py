@@ -304,8 +304,9 @@ class Driver:
             for step in self._pool.run(scheduler):
                 if isinstance(step, Keep):
                     result, unit = step.result, step.result.unit
-                    digests = self._digests[scoring.split]
+                    digests, started_at = self._digests[scoring.split], self._pool.now()
                     self._writer.write_unit(result, [digests[row] for row in unit.rows])
+                    self._pace.note_write(self._pool.now() - started_at)
                     yield UnitStored(unit.number, unit.scope, result.worker, unit.candidate_rows, result.seconds)
                 else:
                     yield step

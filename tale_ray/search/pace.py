@@ -10,7 +10,8 @@ from tale_ray.records import UnitResult, WorkUnit
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
 STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
-WRITE_SECONDS = 0.01  # that a file takes the driver, which writes those of all workers one after another
+WRITE_SECONDS = 0.01  # that a file takes the driver, which writes those of all workers one after another: a first guess
+MOST_WRITE_SECONDS = 0.5  # more is an outage, and tells nothing of the next one
 LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
 RACE_UNITS = 3  # and where candidates may be out soon
 MOST_UNITS = 8  # that a worker would need for a whole scoring
@@ -100,6 +101,7 @@ class Pace:
         self.num_layers = num_layers
         self._decodes = max_new_tokens > 1
         self._most_seconds = UNIT_SECONDS * (1 + (max_new_tokens - 1) / STEPS)
+        self._write_seconds = WRITE_SECONDS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, y, x x and x y; x applications, y seconds; older ones fade
 
     @property
@@ -127,7 +129,7 @@ class Pace:
         whole = application * row_applications(self.num_layers, removed, left.all_candidates)
         units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
         wanted = max(row * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
-        least = max(LEAST_UNIT_SECONDS, WRITE_SECONDS * workers)
+        least = max(LEAST_UNIT_SECONDS, self._write_seconds * workers)
         seconds = max(min(wanted, self._most_seconds), least, FIXED_SHARE * fixed)
         share = math.ceil(left.rows / workers)  # of a worker
         rows = max(1, min(int((seconds - fixed) / row), share))
@@ -158,3 +160,8 @@ class Pace:
         if x and y > 0:
             latest = (1.0, x, y, x * x, x * y)
             self._sums = tuple(FADING * old + new for old, new in zip(self._sums, latest, strict=True))  # type: ignore[assignment]
+
+    def note_write(self, seconds: float) -> None:
+        """Learn how long the file of a unit takes: units of many workers are no smaller than can be written."""
+        latest = min(seconds, MOST_WRITE_SECONDS)
+        self._write_seconds = FADING * self._write_seconds + (1 - FADING) * latest

@@ -72,6 +72,10 @@ class Pool:
         self._interruption = interruption
         self._clock = clock
 
+    def now(self) -> float:
+        """Return the seconds on the clock that schedulers are told."""
+        return self._clock()
+
     def scheduler(
         self,
         scoring: Scoring,

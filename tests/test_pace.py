@@ -1,0 +1,93 @@
+"""How large units are: from what units and their files have taken so far."""
+
+from dataclasses import replace
+
+import pytest
+from simulation import Table
+
+from tale_ray.records import WorkUnit
+from tale_ray.search.pace import (
+    LEAST_UNIT_SECONDS,
+    MOST_WRITE_SECONDS,
+    UNIT_SECONDS,
+    WRITE_SECONDS,
+    Left,
+    Pace,
+    row_applications,
+)
+
+LAYERS = tuple(range(6))
+APPLICATION = 0.001  # seconds of a layer on a row
+
+
+def unit(num_rows: int, number: int = 0) -> WorkUnit:
+    return WorkUnit(number, "round-0001", "search", (), LAYERS, tuple(range(num_rows)))
+
+
+def took(num_rows: int, seconds: float) -> object:
+    return replace(Table(seed=1).score(unit(num_rows)), seconds=seconds)
+
+
+def learned(fixed: float = 0.0, slope: float = APPLICATION) -> Pace:
+    """A pace that has seen units of many sizes, each as long as a fixed time and one per layer application."""
+    pace = Pace(len(LAYERS))
+    for num_rows in (10, 20, 30, 40) * 5:
+        each = row_applications(len(LAYERS), (), LAYERS)
+        pace.note(took(num_rows, fixed + slope * each * num_rows))  # type: ignore[arg-type]
+    return pace
+
+
+def left(workers: int, rows: int = 10_000_000) -> Left:
+    return Left(rows=rows, all_rows=rows, all_candidates=LAYERS, workers=workers, racing=False)
+
+
+def seconds_of(pace: Pace, workers: int) -> float:
+    shape = pace.shape((), LAYERS, left(workers))
+    assert shape.candidates == len(LAYERS)
+    found = pace.seconds(unit(shape.rows))
+    assert found is not None
+    return found
+
+
+def test_applications_are_those_of_the_formula() -> None:
+    assert row_applications(6, (), LAYERS) == 5 + 6 * 5 // 2
+    assert row_applications(6, (2,), (0, 1, 3, 4, 5)) == 4 + 5 * 4 // 2
+    assert row_applications(6, (), (None,)) == 6
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.01])
+def test_the_seconds_of_a_unit_are_predicted_from_the_latest(fixed: float) -> None:
+    assert Pace(6).seconds(unit(3)) is None
+    predicted = learned(fixed).seconds(unit(25))
+    assert predicted == pytest.approx(fixed + APPLICATION * 20 * 25, rel=0.01)
+
+
+def test_units_are_as_long_as_they_may_be_while_there_is_much_to_do() -> None:
+    assert seconds_of(learned(), workers=4) == pytest.approx(UNIT_SECONDS, rel=0.05)
+
+
+def test_units_of_many_workers_are_no_smaller_than_can_be_written() -> None:
+    pace = learned()
+    workers = 400
+    assert seconds_of(pace, workers) == pytest.approx(workers * WRITE_SECONDS, rel=0.05)
+    for _ in range(40):
+        pace.note_write(0.08)  # object storage
+    assert seconds_of(pace, workers) == pytest.approx(workers * 0.08, rel=0.05)
+    assert seconds_of(pace, 4) == pytest.approx(UNIT_SECONDS, rel=0.05)
+
+
+def test_an_outage_does_not_make_units_huge() -> None:
+    pace = learned()
+    pace.note_write(600.0)
+    assert seconds_of(pace, 2) == pytest.approx(UNIT_SECONDS, rel=0.05)
+    for _ in range(100):
+        pace.note_write(600.0)
+    assert seconds_of(pace, 10) <= 10 * MOST_WRITE_SECONDS * 1.05
+
+
+def test_little_that_is_left_is_shared() -> None:
+    pace = learned()
+    rows = 40
+    shape = pace.shape((), LAYERS, left(workers=8, rows=rows))
+    assert shape.rows <= rows / 8
+    assert shape.rows * 20 * APPLICATION <= LEAST_UNIT_SECONDS
