@@ -14,6 +14,8 @@ from scale_scenarios import (
     scenarios,
 )
 
+from tale_ray.search.pace import row_applications
+
 
 def write_page(found: Mapping[str, Any], path: Path) -> None:
     """Write the document, and its figure beside it."""
@@ -51,6 +53,7 @@ def targets(found: Mapping[str, Any]) -> str:
     ):
         rows.append((f"{name}, at most", limit, f"{value:.2f}", reached(limit, value)))
     free = {point["workers"]: point for point in found["if_writing_were_free"]["points"]}
+    row_seconds = scenarios()[0].workload.times.application_seconds * row_applications(LAYERS, (), range(LAYERS))
     worker_seconds = first["points"][0]["seconds"] / 256 / (first["rounds"] + 2)
     return f"""## Targets
 
@@ -58,8 +61,9 @@ Of the first scenario below ({first["says"]}); medians of {commits["repeats"]} w
 
 {table(("what", "target", "found", "reached"), rows)}
 
-Of 256 workers each has {worker_seconds:.1f} s of work in a scoring, and the units are what the driver can
-write one after another: {1000 / commits["unit_ms"]:.0f} a second here. Were they written in no time, 256 workers would
+Of 256 workers each has {worker_seconds:.1f} s of work in a scoring, and one row with all candidates takes
+{row_seconds:.1f} s: too few pieces for all to end together, and cutting a row repeats the layers below its candidates.
+The driver writes {1000 / commits["unit_ms"]:.0f} units a second here; were they written in no time, 256 workers would
 reach {free[256]["efficiency"]:.3f} and 64 workers {free[64]["efficiency"]:.3f}."""
 
 

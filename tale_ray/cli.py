@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         cli.main(arguments, standalone_mode=False)
     except TaleRayError as error:
-        click.echo(f"tale-ray: {error}", err=True)
+        click.echo(f"tale-ray: {strip_credentials(str(error))}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

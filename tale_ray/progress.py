@@ -165,4 +165,4 @@ class _LogLines(logging.Handler):
         self._write = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._write(self.format(record))
+        self._write(strip_credentials(self.format(record)))

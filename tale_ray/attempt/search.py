@@ -184,7 +184,8 @@ def _default_run(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
 
 def run_name(prepared: PreparedRows, identity: Mapping[str, Any]) -> str:
     """Return the name of a run: its task and the start of its digest."""
-    task = re.sub(r"[^\w.-]", "-", prepared.spec.name)  # lm-eval:NAME is no name of a folder everywhere
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", prepared.spec.name)  # lm-eval:NAME is no name of a folder everywhere
+    task = name.lstrip("._-") or "task"  # nor is one that is hidden, leads upwards or looks like an option
     return f"{task}-{identity_digest(identity)[:12]}"
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from tale_ray.records import UnitResult, WorkUnit
@@ -84,7 +85,12 @@ def row_applications(num_layers: int, removed: Collection[int], candidates: Coll
     The current model's layers below the highest candidate (all of them for candidate None), and for each candidate the
     surviving layers above it: (S - 1) + S (S - 1) / 2 for all S surviving layers.
     """
-    surviving = [layer for layer in range(num_layers) if layer not in set(removed)]
+    return _row_applications(num_layers, frozenset(removed), frozenset(candidates))
+
+
+@lru_cache(maxsize=4096)  # asked for every unit under way, again and again
+def _row_applications(num_layers: int, removed: frozenset[int], candidates: frozenset[int | None]) -> int:
+    surviving = [layer for layer in range(num_layers) if layer not in removed]
     layers = [layer for layer in candidates if layer is not None]
     stem = [layer for layer in surviving if None in candidates or layer < max(layers, default=0)]
     return len(stem) + sum(above > layer for layer in layers for above in surviving)
