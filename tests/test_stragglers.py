@@ -11,7 +11,7 @@ from tale_ray.records import UnitResult, WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLeaving, WorkerLost
 from tale_ray.search.instructions import Double, GiveUp, Keep, Retry, Submit, Tick
 from tale_ray.search.pace import Left, UnitShape
-from tale_ray.search.scheduler import LATE_FACTOR, LATE_SECONDS, MAX_TRIES, Scheduler
+from tale_ray.search.scheduler import LATE_FACTOR, LATE_SECONDS, LOOK_SECONDS, MAX_TRIES, Scheduler
 
 TABLE = Table(seed=1)
 EXPECTED = 5.0  # seconds of a unit
@@ -76,7 +76,7 @@ def test_the_slow_worker_may_be_first_after_all() -> None:
 def test_nothing_is_late_soon_or_while_nobody_knows_how_long_it_takes() -> None:
     scheduler, _ = one_slow_worker(expected=0.01)
     assert scheduler.handle(Tick(LATE_SECONDS)) == []
-    assert len(scheduler.handle(Tick(LATE_SECONDS + 0.1))) == 2
+    assert len(scheduler.handle(Tick(LATE_SECONDS + LOOK_SECONDS))) == 2
     scheduler, _ = one_slow_worker(expected=None)
     assert scheduler.handle(Tick(1e9)) == []
 

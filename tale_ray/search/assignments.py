@@ -45,12 +45,14 @@ class Assignments:
         units_per_worker: int = UNITS_PER_WORKER,
         left_over: Mapping[str, Sequence[WorkUnit]] | None = None,
     ) -> None:
-        self.units_per_worker = units_per_worker
         self._by_worker: dict[str, dict[Key, Assignment]] = {worker: {} for worker in workers}
         self._leaving: set[str] = set()
+        self._with_room: tuple[dict[str, None], ...] = tuple({} for _ in range(units_per_worker))  # by number of units
         for worker, units in (left_over or {}).items():
             for unit in units if worker in self._by_worker else ():
                 self._by_worker[worker][key_of(unit)] = Assignment(unit, settled=True)
+        for worker in self._by_worker:
+            self._file(worker)
 
     def __contains__(self, worker: str) -> bool:
         return worker in self._by_worker
@@ -75,21 +77,26 @@ class Assignments:
         """Take in a worker."""
         self._by_worker.setdefault(worker, {})
         self._leaving.discard(worker)
+        self._file(worker)
 
     def leave(self, worker: str) -> None:
         """Give no more units to a worker; it finishes those it has."""
         if worker in self._by_worker:
             self._leaving.add(worker)
+            self._file(worker)
 
     def lose(self, worker: str) -> list[Assignment]:
         """Strike off a worker, and return what it had, the running one first."""
         self._leaving.discard(worker)
-        return list(self._by_worker.pop(worker, {}).values())
+        units = self._by_worker.pop(worker, {})
+        self._file(worker)
+        return list(units.values())
 
     def give(self, worker: str, assignment: Assignment, now: float) -> None:
         """Add a unit to those of a worker."""
         units = self._by_worker[worker]
         units[assignment.key] = replace(assignment, running_since=now)
+        self._file(worker)
 
     def take_back(self, worker: str, unit: WorkUnit, now: float) -> Assignment | None:
         """Return what a worker had to do, now that it is done with it; None: it was not its unit."""
@@ -98,6 +105,7 @@ class Assignments:
         taken = units.pop(key_of(unit), None)
         if was_running and units:
             next(iter(units.values())).running_since = now
+        self._file(worker)
         return taken
 
     def settle(self, key: Key) -> None:
@@ -112,14 +120,21 @@ class Assignments:
 
     def free(self) -> Iterator[str]:
         """Yield workers to be given one more unit, the emptiest first; never two to one while another has none."""
-        for load in range(self.units_per_worker):
-            for worker, units in self._by_worker.items():
-                if len(units) <= load and worker not in self._leaving:
-                    yield worker
+        for workers in self._with_room:
+            yield from list(workers)
 
     def idle(self) -> list[str]:
         """Return the workers that have nothing to do."""
-        return [worker for worker, units in self._by_worker.items() if not units and worker not in self._leaving]
+        return list(self._with_room[0])
+
+    def _file(self, worker: str) -> None:
+        """Note how much room a worker has: looking for it among a thousand would cost more than all else."""
+        for workers in self._with_room:
+            workers.pop(worker, None)
+        if worker in self._by_worker and worker not in self._leaving:
+            num_units = len(self._by_worker[worker])
+            if num_units < len(self._with_room):
+                self._with_room[num_units][worker] = None
 
     def running(self) -> Iterator[tuple[str, list[Assignment]]]:
         """Yield each busy worker with its units, the running one first."""

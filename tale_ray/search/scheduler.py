@@ -25,6 +25,7 @@ from tale_ray.search.race import Standing, expected_correct, probe_rows, still_r
 MAX_TRIES = 4
 LATE_FACTOR = 4  # a unit is late after so many times the seconds that were to be expected
 LATE_SECONDS = 10.0  # but not before
+LOOK_SECONDS = 1.0  # between two looks for late units
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Scheduler:
         self.wasted_rows = 0
         self._pacer = pacer
         self._now = now
+        self._next_look = now
         self._tallies = {candidate: _Tally() for candidate in scoring.candidates}
         self._done = 0
         self._next_number = 0
@@ -275,8 +277,9 @@ class Scheduler:
 
     def _double_late(self) -> Iterator[Instruction]:
         """Give the units of workers that take far too long to idle ones, too; await those no more that nobody needs."""
-        if not (idle := self._assigned.idle()):
+        if self._now < self._next_look or not (idle := self._assigned.idle()):
             return
+        self._next_look = self._now + LOOK_SECONDS
         late = [
             (now_late, worker, each)
             for worker, units in self._assigned.running()
