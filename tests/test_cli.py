@@ -442,7 +442,7 @@ def test_where_ray_is(material: Material, monkeypatch: pytest.MonkeyPatch, tmp_p
     from tale_ray import cli
 
     seen = []
-    monkeypatch.setattr(cli, "_search", lambda config, _seeds=None: seen.append(config.resources))
+    monkeypatch.setattr(cli, "_search", lambda config, *_: seen.append(config.resources))
     monkeypatch.setenv("RAY_ADDRESS", "ray://variable")
     options = ["--model", material.model, "--task", material.task, "--run", tmp_path / "run"]
     assert command("search", *options, *asked).code == 0
@@ -454,7 +454,7 @@ def test_a_local_run_goes_on_locally_unless_asked(finished: Path, monkeypatch: p
     from tale_ray import cli
 
     seen = []
-    monkeypatch.setattr(cli, "_search", lambda config, _seeds=None: seen.append(config.resources))
+    monkeypatch.setattr(cli, "_search", lambda config, *_: seen.append(config.resources))
     monkeypatch.setenv("RAY_ADDRESS", "ray://variable")
     for arguments in ([], ["--workers", "4"], ["--address", "ray://asked"]):
         assert command("resume", finished, *arguments).code == 0

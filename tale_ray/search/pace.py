@@ -11,7 +11,7 @@ from tale_ray.records import UnitResult, WorkUnit
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
 STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
-WRITE_SECONDS = 0.01  # that a file takes the driver, which writes those of all workers one after another: a first guess
+WRITE_SECONDS = 0.01  # that a file takes the driver at least, which writes those of all workers one after another
 MOST_WRITE_SECONDS = 0.5  # more is an outage, and tells nothing of the next one
 LEFT_UNITS = 2  # into which what is left for each of several workers is cut at least, so that all finish together
 RACE_UNITS = 3  # and where candidates may be out soon
@@ -170,4 +170,4 @@ class Pace:
     def note_write(self, seconds: float) -> None:
         """Learn how long the file of a unit takes: units of many workers are no smaller than can be written."""
         latest = min(seconds, MOST_WRITE_SECONDS)
-        self._write_seconds = FADING * self._write_seconds + (1 - FADING) * latest
+        self._write_seconds = FADING * self._write_seconds + (1 - FADING) * max(latest, WRITE_SECONDS)
