@@ -85,6 +85,8 @@ def job_cluster(token: str, num_workers: int = 1, cpus: int = 2) -> Iterator[Job
         wait_for(lambda: _answers(cluster.url), START_SECONDS)
         for _ in range(num_workers):
             stack.enter_context(_node([f"--address={cluster.address}", f"--num-cpus={cpus}"], environment, folder))
+        log = Path(folder) / "start.log"
+        wait_for(lambda: log.read_text().count("Ray runtime started.") == 1 + num_workers, START_SECONDS)
         yield cluster
 
 

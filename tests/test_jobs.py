@@ -146,7 +146,7 @@ def test_a_followed_job_is_heard_to_its_end_though_the_connection_drops(cluster:
             lines.append(line)
             if line.startswith(("baseline:", "round 1:", "round 2:")):
                 assert proxy.cut() > 0
-        assert following.wait(60) == 0
+        assert following.wait(60) == 0, following.stderr.read()
         assert following.stderr.read() == "submitted heard-a1\nheard-a1: done (exit code 0)\n"
     printed = "".join(lines)
     assert printed.count("round 2: layer") == 1
