@@ -31,6 +31,19 @@ answer: {{type: regex, pattern: '(t\d+)'}}
 max_new_tokens: {num_tokens}
 """
 
+DECISIONS = (  # of `show --json`: what a disturbed search has in common with an undisturbed one
+    "num_layers",
+    "rows",
+    "baseline",
+    "rounds",
+    "rejected_round",
+    "best",
+    "bsba",
+    "final",
+    "test",
+    "stop_reason",
+)
+
 
 @dataclass(frozen=True)
 class Material:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import Material, command, show
+from folders import DECISIONS, Material, command, show
 from folders import material_fixture as material_fixture
 
 import tale_ray.cluster.worker
@@ -31,18 +31,6 @@ from tale_ray.store.run import RunWriter
 
 DEADLINE_SECONDS = 60.0
 EXIT_SECONDS = 10.0  # within which a signal ends a driver
-DECISIONS = (
-    "num_layers",
-    "rows",
-    "baseline",
-    "rounds",
-    "rejected_round",
-    "best",
-    "bsba",
-    "final",
-    "test",
-    "stop_reason",
-)
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from faults import Fault
-from folders import Material, command, show
+from folders import DECISIONS, Material, command, show
 from folders import material_fixture as material_fixture
 from places import S3Place
 from s3_server import S3Server
@@ -19,18 +19,6 @@ from tale_ray.store import files as store_files
 from tale_ray.store import s3 as store_s3
 
 DEADLINE_SECONDS = 120.0
-DECISIONS = (
-    "num_layers",
-    "rows",
-    "baseline",
-    "rounds",
-    "rejected_round",
-    "best",
-    "bsba",
-    "final",
-    "test",
-    "stop_reason",
-)
 DRIVER = """
 import sys
 from tale_ray.cli import main

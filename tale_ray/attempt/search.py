@@ -6,7 +6,6 @@ folder before a model is loaded, the model before a row is scored.
 
 import contextlib
 import json
-import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from tale_ray.attempt.execution import encode_questions, make_executor, make_met
 from tale_ray.attempt.identity import differences, identity_digest, run_identity, with_absolute_paths
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
+from tale_ray.cluster.machine import installed_versions
 from tale_ray.config import SearchConfig
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StorageAway, StoreError
 from tale_ray.model.digest import digest_model, model_folder
@@ -293,9 +293,8 @@ def _changed_options(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> lis
 
 
 def _versions() -> dict[str, str]:
-    packages = ["tale-ray", "torch", "transformers", "ray", "pyarrow"]
-    packages += ["lm-eval"] * (find_spec("lm_eval") is not None)
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    harness = {"lm-eval": version("lm-eval")} if find_spec("lm_eval") is not None else {}
+    return {name: number for name, number in installed_versions().items() if number is not None} | harness
 
 
 @contextlib.contextmanager

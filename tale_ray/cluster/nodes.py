@@ -97,7 +97,7 @@ def last_words(place: Place | None) -> str:
 def _read_here(place: Place) -> list[str] | None:
     if place.node != ray.get_runtime_context().get_node_id():
         return None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is gone already: its path has to do
         return Path(place.log).read_text(encoding="utf-8", errors="replace").splitlines()
     return None
 
