@@ -58,11 +58,13 @@ def start(cluster: Any, paper: Any) -> Iterator[Callable[..., Any]]:
     made: list[RayExecutor] = []
     paper(seconds=UNIT_SECONDS)
 
-    def started(**resources: Any) -> RayExecutor:
+    def started(num_loaded: int = 1, **resources: Any) -> RayExecutor:
         section = ResourceSection(address=cluster.address, cpus_per_worker=PLACE, **resources)
         made.append(RayExecutor(ModelSection(model="simulated"), "float32", section))
         made[-1].connect()
         made[-1].load()
+        while sum(slot.info is not None for slot in made[-1]._slots) < num_loaded:
+            assert made[-1].poll(0.5) == ()  # whoever polls an event away would have to tell the pool
         made[-1].share(QUESTIONS)
         return made[-1]
 
@@ -103,8 +105,7 @@ def run(executor: Any, after: dict[int, Callable[[], Any]]) -> tuple[Scheduler, 
 def test_a_node_that_dies_costs_what_was_under_way(cluster: Any, nodes: Any, start: Any) -> None:
     first = nodes()
     nodes()
-    executor = start(workers=2)
-    wait_for(lambda: all(slot.place for slot in executor._slots) or executor.poll(0.5) is None)
+    executor = start(workers=2, num_loaded=2)
     victim = next(slot.name for slot in executor._slots if slot.place.node == first.node_id)
 
     def die() -> None:
