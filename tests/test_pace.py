@@ -91,3 +91,32 @@ def test_little_that_is_left_is_shared() -> None:
     shape = pace.shape((), LAYERS, left(workers=8, rows=rows))
     assert shape.rows <= rows / 8
     assert shape.rows * 20 * APPLICATION <= LEAST_UNIT_SECONDS
+
+
+def test_a_row_of_which_there_are_too_few_is_cut_into_parts_of_like_cost() -> None:
+    layers = tuple(range(40))
+    pace = Pace(len(layers))
+    rows = 30
+    whole = row_applications(40, (), layers)
+    cells = [WorkUnit(0, "round-0001", "search", (), layers, tuple(range(num))) for num in (1, 2, 3, 4)]
+    for each in cells * 5:
+        pace.note(replace(Table(seed=1).score(each), seconds=whole * APPLICATION * len(each.rows)))  # 0.8 s a row
+    first = pace.shape((), layers, Left(rows=rows, all_rows=rows, all_candidates=layers, workers=30, racing=False))
+    assert first.rows == 1
+    parts, rest = [], layers
+    while rest:
+        left_ = Left(rows=rows, all_rows=rows, all_candidates=layers, workers=30, racing=False)
+        count = pace.shape((), rest, left_).candidates
+        parts.append(row_applications(40, (), rest[:count]))
+        rest = rest[count:]
+    assert 2 <= len(parts) <= 4
+    assert max(parts) <= 2 * min(parts[:-1])
+    assert sum(parts) < 1.2 * whole  # what is below the candidates is computed again for each part
+
+
+@pytest.mark.parametrize(("workers", "is_scarce"), [(4, False), (40, True)])
+def test_long_units_are_kept_for_who_is_done_first_once_few_are_left(workers: int, is_scarce: bool) -> None:
+    each = unit(100)  # 2 s
+    assert learned().is_scarce(each, LAYERS, 1600, workers) is is_scarce
+    assert not learned().is_scarce(unit(20), LAYERS, 1600, workers), "a short one may wait behind another"
+    assert Pace(len(LAYERS)).is_scarce(each, LAYERS, 1600, workers), "nobody knows how long they take"

@@ -11,7 +11,7 @@ from tale_ray.records import WorkUnit
 from tale_ray.search.executor import UnitDone, UnitFailed, WorkerJoined, WorkerLost
 from tale_ray.search.instructions import GiveUp, Keep, Retry, Submit
 from tale_ray.search.pace import UnitShape
-from tale_ray.search.scheduler import MAX_TRIES, Scheduler
+from tale_ray.search.scheduler import MAX_TRIES, Scheduler, Scoring
 
 TABLE = Table(seed=1)
 
@@ -164,3 +164,26 @@ def test_units_of_another_scoring_are_refused() -> None:
     results = [TABLE.score(unit) for unit in run_all(stray, "a")]
     with pytest.raises(ValueError, match="no candidate 5"):
         Scheduler(scoring(2, (0, 1)), UnitShape(2, 1), results)
+
+
+def test_units_that_are_scarce_wait_for_who_is_done_first() -> None:
+    class Scarce(UnitShape):
+        def is_scarce(self, unit: WorkUnit, candidates: object, rows: int, workers: int) -> bool:
+            return rows <= 8
+
+    scoring = Scoring("round-0001", "search", (), (0, 1), 10)
+    scheduler = Scheduler(scoring, Scarce(rows=2, candidates=2), workers=["a", "b"])
+    sent = [each for each in scheduler.start() if isinstance(each, Submit)]
+    assert [each.worker for each in sent] == ["a", "b"], "8 rows are left after the first unit"
+    table = Table(seed=1)
+    for _ in range(3):
+        done = sent.pop(0)
+        more = scheduler.handle(UnitDone(done.worker, table.score(done.unit)))
+        (following,) = [each for each in more if isinstance(each, Submit)]
+        assert following.worker == done.worker
+        sent.append(following)
+    for done in sent:
+        assert [
+            each for each in scheduler.handle(UnitDone(done.worker, table.score(done.unit))) if isinstance(each, Submit)
+        ] == []
+    assert scheduler.finished

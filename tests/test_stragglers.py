@@ -34,6 +34,9 @@ class Steady:
     def seconds(self, unit: WorkUnit) -> float | None:
         return self.expected
 
+    def is_scarce(self, unit: WorkUnit, candidates: object, rows: int, workers: int) -> bool:
+        return False
+
     def note(self, result: UnitResult) -> None: ...
 
 

@@ -123,6 +123,10 @@ class Assignments:
         for workers in self._with_room:
             yield from list(workers)
 
+    def is_busy(self, worker: str) -> bool:
+        """Return whether a worker has any unit."""
+        return bool(self._by_worker[worker])
+
     def idle(self) -> list[str]:
         """Return the workers that have nothing to do."""
         return list(self._with_room[0])

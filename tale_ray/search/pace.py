@@ -18,11 +18,14 @@ RACE_UNITS = 3  # and where candidates may be out soon
 MOST_UNITS = 8  # that a worker would need for a whole scoring
 FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
 RACE_SHARE = 12  # and what is left of a race: its units cost some of those, and have saved a third at most
-FIRST_ROWS = 8  # of a unit before anything is known of the speed
+FIRST_ROWS = 4  # of a unit before anything is known of the speed
 FIRST_REPLIES = 32  # candidates times rows, where many tokens are decoded
 LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
 LEAST_REST = 0.5  # of a unit's rows: fewer that would be left over are taken as well
-FADING = 0.8  # of what was learned, with every unit
+QUEUED_SECONDS = 0.5  # a unit that takes longer does not wait behind another one,
+SCARCE_UNITS = 3  # once less than so many of its kind are left for each worker: all are to finish together
+FADING = 0.95  # of what was learned of the speed, with every unit: a line through a few noisy ones leads astray
+WRITE_FADING = 0.8  # of what was learned of writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,10 @@ class UnitShape:
         """Return that it does not know."""
         return None
 
+    def is_scarce(self, unit: WorkUnit, candidates: Sequence[int | None], rows: int, workers: int) -> bool:  # noqa: ARG002
+        """Return that no unit ever is."""
+        return False
+
     def note(self, result: UnitResult) -> None:
         """Learn nothing."""
 
@@ -72,6 +79,17 @@ class Pacer(Protocol):
 
     def seconds(self, unit: WorkUnit) -> float | None:
         """Return how long a unit should take; None: not known yet."""
+        ...
+
+    def is_scarce(self, unit: WorkUnit, candidates: Sequence[int | None], rows: int, workers: int) -> bool:
+        """Return whether a unit is to be kept for a worker that has nothing to do.
+
+        Args:
+            unit: the next one.
+            candidates: that are still to be scored,
+            rows: on so many rows at most, the unit's among them.
+            workers: among whom that is divided.
+        """
         ...
 
     def note(self, result: UnitResult) -> None:
@@ -141,8 +159,25 @@ class Pace:
         rows = max(1, min(int((seconds - fixed) / row), share))
         if self._decodes and share - rows < LEAST_REST * rows:
             rows = share
-        shares = max(row / (2 * self._most_seconds), min(workers / left.rows, row / least))
-        return UnitShape(rows, max(1, math.ceil(len(candidates) / max(1, math.ceil(shares)))))
+        if row + fixed <= seconds or workers == 1:
+            seconds = 2 * self._most_seconds
+        return UnitShape(rows, self._fitting(removed, candidates, (seconds - fixed) / application))
+
+    def _fitting(self, removed: Collection[int], candidates: Sequence[int | None], applications: float) -> int:
+        """Return how many of the first candidates take about so many layer applications on a row, one at least."""
+        whole = row_applications(self.num_layers, removed, candidates)
+        parts = max(1, round(whole / max(1.0, applications)))
+        if parts == 1:
+            return len(candidates)
+        part = whole / parts
+        return next(
+            (
+                count
+                for count in range(1, len(candidates))
+                if row_applications(self.num_layers, removed, candidates[:count]) >= part
+            ),
+            len(candidates),
+        )
 
     def pays(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> bool:
         """Return whether what is left would take several units."""
@@ -154,10 +189,21 @@ class Pace:
 
     def seconds(self, unit: WorkUnit) -> float | None:
         """Return how long a unit should take, by the speed of the latest ones."""
+        return self._seconds(unit.removed, unit.candidates, len(unit.rows))
+
+    def _seconds(self, removed: Collection[int], candidates: Sequence[int | None], rows: int) -> float | None:
         if self.speed is None:
             return None
         fixed, application = self.speed
-        return fixed + application * row_applications(self.num_layers, unit.removed, unit.candidates) * len(unit.rows)
+        return fixed + application * row_applications(self.num_layers, removed, candidates) * rows
+
+    def is_scarce(self, unit: WorkUnit, candidates: Sequence[int | None], rows: int, workers: int) -> bool:
+        """Return whether little is left of units that take long; before their speed is known, any may."""
+        seconds = self.seconds(unit)
+        left = self._seconds(unit.removed, candidates, rows)
+        if seconds is None or left is None:
+            return True
+        return seconds > QUEUED_SECONDS and left < SCARCE_UNITS * seconds * workers
 
     def note(self, result: UnitResult) -> None:
         """Learn the speed from a unit."""
@@ -170,4 +216,4 @@ class Pace:
     def note_write(self, seconds: float) -> None:
         """Learn how long the file of a unit takes: units of many workers are no smaller than can be written."""
         latest = min(seconds, MOST_WRITE_SECONDS)
-        self._write_seconds = FADING * self._write_seconds + (1 - FADING) * max(latest, WRITE_SECONDS)
+        self._write_seconds = WRITE_FADING * self._write_seconds + (1 - WRITE_FADING) * latest

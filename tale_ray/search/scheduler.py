@@ -273,7 +273,15 @@ class Scheduler:
             if candidates := tuple(each for each in unit.candidates if each in self._racing):
                 return replace(lost, unit=replace(unit, candidates=candidates))
         chosen = self._choose(worker)
-        return None if chosen is None else Assignment(chosen)
+        if chosen is None:
+            return None
+        if self._assigned.is_busy(worker) and self._pacer.is_scarce(
+            chosen, tuple(self._racing), self._cells.rows_open(self._racing), len(self._assigned)
+        ):
+            return None  # for whoever is done first
+        self._next_number += 1
+        self._cells.close(chosen.candidates, chosen.rows)
+        return Assignment(chosen)
 
     def _double_late(self) -> Iterator[Instruction]:
         """Give the units of workers that take far too long to idle ones, too; await those no more that nobody needs."""
@@ -367,6 +375,4 @@ class Scheduler:
             candidates=chosen[: shape.candidates],
             rows=(row, *(other for _, other in islice(found, shape.rows - 1))),
         )
-        self._next_number += 1
-        self._cells.close(unit.candidates, unit.rows)
         return unit
