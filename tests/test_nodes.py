@@ -135,6 +135,22 @@ def test_a_worker_that_had_no_place_gets_one_on_a_new_node(nodes: Any, start: An
     assert {each.result.worker for each in seen if isinstance(each, Keep)} == {"worker-0", "worker-1"}
 
 
+def test_a_node_that_is_on_its_way_is_waited_for(nodes: Any, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tale_ray.cluster import connection
+
+    has_autoscaler = connection.has_autoscaler
+    joined: list[Any] = []
+
+    def asked_when_no_node_fits() -> bool:
+        if not joined:
+            joined.append(nodes())
+        return has_autoscaler()
+
+    monkeypatch.setattr(connection, "has_autoscaler", asked_when_no_node_fits)
+    assert start()._slots[0].info is not None
+    assert len(joined) == 1, "there was room from the beginning"
+
+
 def drain(cluster: Any, node: Any) -> None:
     """What a cloud's notice of a spot node that is taken away leads to."""
     import ray

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ logger = logging.getLogger("tale_ray.cluster")
 
 CONNECT_SECONDS = 5.0
 PATIENCE_SECONDS = 8.0  # with a head that does not answer; Ray ends this process after a minute
+JOIN_SECONDS = 5.0  # for nodes of a young cluster to join
 CHECK_SECONDS = 2.0  # between two checks of the head
 _TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # about one try per second
 _AUTOSCALER_STATUS = b"__autoscaling_status"  # JSON, of the autoscaler's version 1
@@ -131,12 +132,18 @@ def _as_infeasible(error: Exception, address: str | None) -> InfeasibleError:
 def check_feasible(resources: ResourceSection) -> None:
     """Refuse a worker that no node could ever hold, unless an autoscaler might bring a larger one.
 
+    A cluster that was joined may have been started a moment ago, and its nodes still be on their way: they are given
+    a few seconds.
+
     Raises:
         InfeasibleError: names what is asked for, what every node has, and what is missing.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+    patience_seconds = min(JOIN_SECONDS, resources.wait_resources_seconds) if resources.address else 0.0
+    deadline = time.monotonic() + patience_seconds
+    while not _fits(nodes := _nodes(), wanted) and not has_autoscaler() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if _fits(nodes, wanted):
         return
     if has_autoscaler():
         logger.info("no node has %s yet; the cluster's autoscaler may bring one", describe(wanted))
@@ -148,6 +155,14 @@ def check_feasible(resources: ResourceSection) -> None:
         f"The largest misses {describe({name: amount for name, amount in missing.items() if amount > 0})}. "
         "Ask for less per worker, or join a larger node"
     )
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _fits(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> bool:
+    return any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes)
 
 
 def has_autoscaler() -> bool:

@@ -367,7 +367,7 @@ class Scheduler:
             racing=racing,
         )
         shape = self._pacer.shape(self.scoring.removed, chosen, left)
-        unit = WorkUnit(
+        return WorkUnit(
             number=self._next_number,
             scope=self.scoring.scope,
             split=self.scoring.split,
@@ -375,4 +375,3 @@ class Scheduler:
             candidates=chosen[: shape.candidates],
             rows=(row, *(other for _, other in islice(found, shape.rows - 1))),
         )
-        return unit
