@@ -102,7 +102,7 @@ def corner_fixture(tmp_path_factory: pytest.TempPathFactory) -> Corner:
 def ours(model: Path, name: str, include_path: Path, removed: Sequence[int], num_rows: int) -> list[RowAnswer]:
     """What the engine answers to the first rows, in the task's order."""
     spec, examples = load_harness_task(name, str(include_path), 0)
-    loaded = load_model(ModelSection(model=str(model)), "float32", 0)
+    loaded = load_model(ModelSection(model=str(model)), "float32")
     rows = tuple(encode_example(loaded.tokenizer, example) for example in examples[:num_rows])
     scorer = Scorer(loaded, None)
     unit = WorkUnit(0, "evaluation", "test", (), (None,), tuple(range(len(rows))))

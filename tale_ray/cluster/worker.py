@@ -13,6 +13,7 @@ import torch
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
+from tale_ray.model.placement import worker_placement
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.tasks.harness import load_for_scoring
@@ -28,7 +29,7 @@ class Worker:
 
     def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._name = name
-        self._loaded: LoadedModel = load_model(section, dtype, resources.gpus_per_worker)
+        self._loaded: LoadedModel = load_model(section, dtype, worker_placement(resources.gpus_per_worker))
         if not resources.gpus_per_worker:
             keep_heap()
         self._scorer = Scorer(self._loaded, resources.batch_bytes)

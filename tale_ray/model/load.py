@@ -13,6 +13,7 @@ from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
+from tale_ray.model.placement import Placement
 from tale_ray.records import ModelInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
@@ -29,13 +30,13 @@ class LoadedModel:
     info: ModelInfo
 
 
-def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedModel:
-    """Return the model of a section, loaded on the first GPUs that this process sees, or on the CPU.
+def load_model(section: ModelSection, dtype: str, placement: Placement = Placement()) -> LoadedModel:
+    """Return the model of a section, ready to be searched.
 
     Args:
         section: a hub id, a folder, or `bundled`; a GGUF file is de-quantised.
         dtype: float32, bfloat16, float16, or `checkpoint` for the one the weights are stored in.
-        num_gpus: 0 runs on the CPU.
+        placement: where its weights are to lie.
 
     Raises:
         ModelError: the model cannot be found, loaded, or searched.
@@ -57,7 +58,12 @@ def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedMo
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=_DTYPES[dtype], output_loading_info=True, **_placement(num_gpus), **options, **quantised
+            place,
+            dtype=_DTYPES[dtype],
+            output_loading_info=True,
+            **_placement(placement.num_gpus),
+            **options,
+            **quantised,
         )
     except ModelError:
         raise
@@ -71,7 +77,7 @@ def load_model(section: ModelSection, dtype: str, num_gpus: int = 0) -> LoadedMo
         del model.config.quantization_config  # the weights are not quantised any more
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
-    _check_placement(model, num_gpus)
+    _check_placement(model, placement.num_gpus)
     num_embeddings = int(model.get_input_embeddings().weight.shape[0])
     _check_vocabulary(section, tokenizer, num_embeddings)
     layers = find_layers(model)

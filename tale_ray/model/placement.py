@@ -1,0 +1,20 @@
+"""Where a model's weights are to lie. Knows nothing of how they get there."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The devices of the pipeline stages, in order: `("cpu",)`, `("cuda:0", "cuda:1")`. One device, one stage."""
+
+    devices: tuple[str, ...] = ("cpu",)
+
+    @property
+    def num_gpus(self) -> int:
+        """Number of GPUs that hold weights."""
+        return len({device for device in self.devices if device.startswith("cuda")})
+
+
+def worker_placement(gpus_per_worker: int) -> Placement:
+    """Return the placement on the first GPUs that a process sees, or on the CPU."""
+    return Placement(devices=tuple(f"cuda:{gpu}" for gpu in range(gpus_per_worker)) or ("cpu",))
