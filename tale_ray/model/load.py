@@ -13,7 +13,7 @@ from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
-from tale_ray.model.placement import Placement
+from tale_ray.model.placement import ON_CPU, Placement
 from tale_ray.records import ModelInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
@@ -30,7 +30,7 @@ class LoadedModel:
     info: ModelInfo
 
 
-def load_model(section: ModelSection, dtype: str, placement: Placement = Placement()) -> LoadedModel:
+def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU) -> LoadedModel:
     """Return the model of a section, ready to be searched.
 
     Args:

@@ -15,6 +15,9 @@ class Placement:
         return len({device for device in self.devices if device.startswith("cuda")})
 
 
+ON_CPU = Placement()
+
+
 def worker_placement(gpus_per_worker: int) -> Placement:
     """Return the placement on the first GPUs that a process sees, or on the CPU."""
     return Placement(devices=tuple(f"cuda:{gpu}" for gpu in range(gpus_per_worker)) or ("cpu",))
