@@ -60,8 +60,8 @@ def test_the_cost_of_a_row_grows_with_its_tokens_and_with_decoding(loaded):
     assert (cost.hidden_size, cost.vocabulary, cost.value_bytes) == (32, 97, 4)
     assert (cost.layer_cache_values, cost.num_layers) == (2 * 2 * 8, 4)
     assert cost.row_bytes(10, 1) < cost.row_bytes(11, 1) < cost.row_bytes(11, 2) < cost.row_bytes(11, 3)
-    assert make_budget(torch.device("cpu"), 77) == Budget(77, 77)
-    assert make_budget(torch.device("cpu"), None).batch == 32 * 2**20
+    assert make_budget({torch.device("cpu")}, 77) == Budget(77, 77)
+    assert make_budget({torch.device("cpu")}, None).batch == 32 * 2**20
 
 
 def test_results_follow_the_order_of_the_unit(loaded, rows):

@@ -201,11 +201,15 @@ def test_a_local_worker_uses_no_more_gpus_than_asked_for(folder: Path, monkeypat
         return str(refused.value)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * (gpu + 1), 9000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "{'device_map': None}" in placement(0)
-    assert "{'device_map': {'': 0}}" in placement(1)
-    assert "{'device_map': 'auto', 'max_memory': {0: 900, 1: 1800}}" in placement(2)
+    assert "{'device_map': {'': 'cuda:0'}}" in placement(1)
+    places = placement(2)
+    assert "'model.embed_tokens': 'cuda:0'" in places
+    assert "'model.layers.0': 'cuda:0'" in places
+    assert "'model.layers.3': 'cuda:1'" in places
+    assert "cuda:2" not in places
     with pytest.raises(InfeasibleError, match="5 GPUs per worker are asked for, and this machine shows 4"):
         placement(5)
 

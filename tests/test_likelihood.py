@@ -192,7 +192,7 @@ def test_log_likelihoods_do_not_depend_on_portions(llama: LoadedModel, head_rows
     wanted = [choice.continuation_ids for choice in choices]
     finals = [final_node((1,), layer) for layer in (None, 2, 4)]
     expected, others = (
-        sweep.log_likelihoods(finals, layout, wanted, None, None, portions)
+        sweep.log_likelihoods(finals, layout, wanted, None, None, portions).tolist()
         for portions in (Portions(), Portions(nodes=2, head_rows=head_rows))
     )
     assert others == [pytest.approx(values, abs=1e-5) for values in expected]

@@ -1,6 +1,6 @@
 """How many rows run at once: micro-batches within a budget of bytes. Knows nothing of candidates or answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,20 +128,22 @@ class Budget:
         return min(self.batch, self.total - held_bytes)
 
 
-def make_budget(device: torch.device, batch_bytes: int | None) -> Budget:
-    """Return the budget asked for, or one that suits the device.
+def make_budget(devices: Collection[torch.device], batch_bytes: int | None) -> Budget:
+    """Return the budget asked for, or one that suits the devices of a model's layers.
 
-    Half of a GPU's free memory; an eighth of the free memory of a CPU, in micro-batches of 32 MiB.
+    Half of the free memory of the GPU that has least; an eighth of a CPU's free memory, in micro-batches of 32 MiB.
     """
     if batch_bytes is not None:
         return Budget(batch_bytes, batch_bytes)
-    if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0]) // 2
+    if gpus := [device for device in devices if device.type == "cuda"]:
+        free = min(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) // 2
         return Budget(free, free)
     return Budget(max(_CPU_BATCH_BYTES, psutil.virtual_memory().available // _CPU_SHARE), _CPU_BATCH_BYTES)
 
 
-def batches(lengths: Sequence[int], budget_bytes: int, row_bytes: Callable[[int], int]) -> list[list[int]]:
+def batches(
+    lengths: Sequence[int], budget_bytes: int, row_bytes: Callable[[int], int], least_batches: int = 1
+) -> list[list[int]]:
     """Return micro-batches as lists of positions in `lengths`, together a permutation of them.
 
     Rows of similar length share a batch, the longest come first, so that memory that does not suffice shows at once.
@@ -151,6 +153,7 @@ def batches(lengths: Sequence[int], budget_bytes: int, row_bytes: Callable[[int]
         lengths: tokens of each row.
         budget_bytes: of one micro-batch.
         row_bytes: tokens -> bytes of one row, growing with the tokens.
+        least_batches: so many at least, where there are as many rows.
 
     Raises:
         ConfigError: the longest row alone does not fit.
@@ -162,9 +165,9 @@ def batches(lengths: Sequence[int], budget_bytes: int, row_bytes: Callable[[int]
             "raise --batch-bytes to at least that, or leave it out"
         )
     found: list[list[int]] = []
-    start = 0
+    start, most = 0, max(1, len(order) // least_batches)
     while start < len(order):
-        room = budget_bytes // max(1, row_bytes(lengths[order[start]]))
+        room = min(most, budget_bytes // max(1, row_bytes(lengths[order[start]])))
         found.append(order[start : start + room])
         start += room
     return found

@@ -12,13 +12,14 @@ d hidden size, v vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tale_ray.engine.arguments import LayerArguments, Place, learn_arguments
+from tale_ray.engine.devices import Copies, layer_devices, sent
 from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.prefix import OneLengthCache, PrefixStates
 from tale_ray.engine.ring import Ring, Stretch, ring_order
@@ -27,6 +28,7 @@ from tale_ray.engine.sweep import Portions, Sweep
 from tale_ray.engine.view import Ending
 from tale_ray.model.load import LoadedModel
 
+_LANDED = object()  # what a flight says that is over
 _WORTH_LEAVING = 0.25  # of the rows have ended: copying the others' caches costs less than running them along
 
 
@@ -53,8 +55,7 @@ class DecodeCache(OneLengthCache):
         def kept(states_rksh: torch.Tensor) -> torch.Tensor:
             found = states_rksh.new_empty(len(chosen), *states_rksh.shape[1:])
             filled = states_rksh[:, :, : self.length]
-            at = torch.tensor(chosen, device=states_rksh.device)
-            found[:, :, : self.length] = filled.index_select(0, at)
+            found[:, :, : self.length] = filled.index_select(0, sent(torch.tensor(chosen), states_rksh.device))
             return found
 
         keys, values = self.states.pop(layer)
@@ -72,6 +73,7 @@ class _Batch:
     positions_r1: torch.Tensor  # of the next token
     tokens_r1: torch.Tensor  # the next token
     repeated: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)  # per-row arguments of this step
+    copies: Copies = field(default_factory=Copies)  # of this step's arguments, on the devices of later layers
 
 
 class Decoder:
@@ -83,6 +85,7 @@ class Decoder:
         self._adds_masks = getattr(loaded.model.config, "_attn_implementation", None) == "sdpa"
         self._takes_positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
         self._arguments: LayerArguments = learn_arguments(loaded.layers, self._run_rows)
+        self._devices = layer_devices(loaded.layers)
         self._batch: _Batch | None = None
         self.layer_applications = 0  # of decoding steps; those over prompts are the sweep's
 
@@ -96,6 +99,7 @@ class Decoder:
         ending: Ending,
         prefills: Sequence[tuple[Sequence[int], Portions]],
         observe: Callable[[torch.Tensor], None] | None = None,
+        num_flights: int = 1,
     ) -> list[list[list[int]]]:
         """Return the new tokens, the end token included, of each prompt at each final node.
 
@@ -109,70 +113,96 @@ class Decoder:
             ending: when a reply ends before that.
             prefills: micro-batches of the sweep, as positions in `prompts`, and their portions.
             observe: is called with the logits (rows, vocabulary) of each decoding step, ordered by final node (those
-                of `ring_order`) and prompt; of rows that have ended, too, until they leave.
+                of `ring_order`) and prompt; of rows that have ended, too, until they leave. With one flight only.
+            num_flights: into so many parts the prompts are divided, each of which is decoded for itself, a step of one
+                after a step of the other: so that as many devices work at the same time.
         """
         order = ring_order(finals)
         new: dict[tuple[int, int], list[int]] = {}
-        before = prefix.num_tokens if prefix is not None else 0
-        lengths = [before + len(prompt) for prompt in prompts]
-        ring = Ring(
-            order,
-            [(final, at) for final in range(len(order)) for at in range(len(prompts))],
-            len(self._loaded.layers.full),
-        )
-        cache = DecodeCache()
         try:
-            for prefill, portions in prefills:
-                fill = _Fill(ring, cache, prefix, lengths, prefill, max(lengths) + max_new_tokens - 1)
-                rows = [prompts[at] for at in prefill]
-                found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, portions, fill.record)
-                for final, tokens in enumerate(found):
-                    new.update(((final, at), [token]) for at, token in zip(prefill, tokens, strict=True))
-            self._decode(ring, cache, lengths, new, max_new_tokens, ending, observe)
+            flights = [
+                self._prefilled(order, prompts, examples, prefix, max_new_tokens, prefills, new)
+                for start in range(min(num_flights, len(prompts)))
+                if (examples := range(start, len(prompts), num_flights))
+            ]
+            with self._loaded.layers.forwarding([self._forward(layer) for layer in range(len(self._devices))]):
+                going = [self._decode(batch, new, max_new_tokens, ending, observe) for batch in flights]
+                while going:
+                    going = [flight for flight in going if next(flight, _LANDED) is not _LANDED]
         finally:
             self._batch = None
         position = {final: at for at, final in enumerate(order)}
         return [[new[position[final], at] for at in range(len(prompts))] for final in finals]
 
+    def _prefilled(
+        self,
+        order: Sequence[Node],
+        prompts: Sequence[Sequence[int]],
+        examples: Sequence[int],
+        prefix: PrefixStates | None,
+        max_new_tokens: int,
+        prefills: Sequence[tuple[Sequence[int], Portions]],
+        new: dict[tuple[int, int], list[int]],
+    ) -> "_Batch":
+        """Return some of the prompts with their keys and values; put their first new tokens into `new`."""
+        before = prefix.num_tokens if prefix is not None else 0
+        lengths = {at: before + len(prompts[at]) for at in examples}
+        longest = max(lengths.values())
+        ring = Ring(order, [(final, at) for final in range(len(order)) for at in examples], len(self._devices))
+        cache = DecodeCache()
+        place = {example: at for at, example in enumerate(examples)}
+        for prefill, portions in prefills:
+            if not (own := [at for at in prefill if at in place]):
+                continue
+            fill = _Fill(
+                ring, cache, prefix, [*lengths.values()], [place[at] for at in own], longest + max_new_tokens - 1
+            )
+            rows = [prompts[at] for at in own]
+            found = self._sweep.next_tokens(order, lay_lines(rows), prefix, None, portions, fill.record)
+            for final, tokens in enumerate(found.tolist()):
+                new.update(((final, at), [token]) for at, token in zip(own, tokens, strict=True))
+        device = self._loaded.model.device
+        cache.length = longest
+        padding_r = sent(torch.tensor([longest - lengths[at] for _, at in ring.rows]), device)
+        slots_s = torch.arange(longest + max_new_tokens, device=device)
+        return _Batch(
+            ring,
+            cache,
+            mask_rs=(slots_s >= padding_r[:, None]).long(),
+            positions_r1=(longest - padding_r)[:, None],
+            tokens_r1=sent(torch.tensor([new[row] for row in ring.rows]), device),
+        )
+
     def _decode(
         self,
-        ring: Ring,
-        cache: DecodeCache,
-        lengths: Sequence[int],
+        batch: "_Batch",
         new: dict[tuple[int, int], list[int]],
         max_new_tokens: int,
         ending: Ending,
         observe: Callable[[torch.Tensor], None] | None,
-    ) -> None:
-        """Lengthen the rows of `new`, which have one token, until each has ended or has `max_new_tokens`."""
-        device = self._loaded.model.device
-        cache.length = max(lengths)
-        padding_r = torch.tensor([cache.length - lengths[at] for _, at in ring.rows], device=device)
-        slots_s = torch.arange(cache.length + max_new_tokens, device=device)
-        self._batch = batch = _Batch(
-            ring,
-            cache,
-            mask_rs=(slots_s >= padding_r[:, None]).long(),
-            positions_r1=(cache.length - padding_r)[:, None],
-            tokens_r1=torch.tensor([new[row] for row in ring.rows], device=device),
-        )
-        with self._loaded.layers.forwarding([self._forward(layer) for layer in range(ring.num_layers)]):
-            over = {row for row in batch.ring.rows if ending.is_over(new[row])}
-            for _ in range(max_new_tokens - 1):
-                going = [at for at, row in enumerate(batch.ring.rows) if row not in over]
-                if not going:
-                    return
-                if len(going) <= (1 - _WORTH_LEAVING) * len(batch.ring.rows):
-                    self._leave(batch, going)
-                logits_rv = self._step(batch)
-                if observe is not None:
-                    observe(logits_rv.roll(batch.ring.turned, 0))
-                batch.tokens_r1 = logits_rv.argmax(-1, keepdim=True).roll(batch.ring.turned, 0)
-                for row, token in zip(batch.ring.rows, batch.tokens_r1[:, 0].tolist(), strict=True):
-                    if row not in over:
-                        new[row].append(token)
-                        if ending.is_over(new[row]):
-                            over.add(row)
+    ) -> Iterator[None]:
+        """Lengthen the rows of a batch, which have one token, until each has ended or has `max_new_tokens`.
+
+        Yields between asking for the next tokens of all rows and reading them.
+        """
+        over = {row for row in batch.ring.rows if ending.is_over(new[row])}
+        for _ in range(max_new_tokens - 1):
+            going = [at for at, row in enumerate(batch.ring.rows) if row not in over]
+            if not going:
+                return
+            if len(going) <= (1 - _WORTH_LEAVING) * len(batch.ring.rows):
+                self._leave(batch, going)
+            logits_rv = self._step(batch)
+            if observe is not None:
+                observe(logits_rv.roll(batch.ring.turned, 0))
+            tokens_r1 = logits_rv.argmax(-1, keepdim=True).roll(batch.ring.turned, 0)
+            batch.tokens_r1 = sent(tokens_r1, self._loaded.model.device)
+            yield
+            for row, token in zip(batch.ring.rows, batch.tokens_r1[:, 0].tolist(), strict=True):
+                if row not in over:
+                    new[row].append(token)
+                    if ending.is_over(new[row]):
+                        over.add(row)
 
     def _leave(self, batch: _Batch, going: Sequence[int]) -> None:
         """Go on with some of the rows only."""
@@ -180,7 +210,7 @@ class Decoder:
         staying = set(ring.rows)
         for layer in batch.ring.stretches:
             batch.cache.keep(layer, [at for at, row in enumerate(batch.ring.running(layer)) if row in staying])
-        at_r = torch.tensor(going, device=batch.tokens_r1.device)
+        at_r = sent(torch.tensor(going), batch.tokens_r1.device)
         batch.ring = ring
         batch.mask_rs, batch.positions_r1, batch.tokens_r1 = (
             tensor.index_select(0, at_r) for tensor in (batch.mask_rs, batch.positions_r1, batch.tokens_r1)
@@ -188,7 +218,9 @@ class Decoder:
 
     def _step(self, batch: _Batch) -> torch.Tensor:
         """Return the logits (rows of the ring as it has turned, vocabulary) after one more token of every row."""
+        self._batch = batch
         batch.repeated.clear()
+        batch.copies = Copies()
         positions = {"position_ids": batch.positions_r1} if self._takes_positions else {}
         logits_r1v = self._loaded.model(
             input_ids=batch.tokens_r1,
@@ -211,10 +243,12 @@ class Decoder:
             stretch = batch.ring.stretches.get(layer)
             if stretch is not None:
                 batch.cache.layer = layer
+                device = self._devices[layer]
+                hidden_r1d = sent(hidden_r1d, device)
                 found = own(
                     hidden_r1d[stretch.skipping :],
-                    *(self._cut(batch, stretch, value, (at,)) for at, value in enumerate(args)),
-                    **{name: self._cut(batch, stretch, value, (name,)) for name, value in kwargs.items()},
+                    *(self._cut(batch, stretch, value, (at,), device) for at, value in enumerate(args)),
+                    **{name: self._cut(batch, stretch, value, (name,), device) for name, value in kwargs.items()},
                 )
                 found = found[0] if isinstance(found, tuple) else found
                 hidden_r1d = torch.cat((found, hidden_r1d[: stretch.skipping])) if stretch.skipping else found
@@ -223,12 +257,15 @@ class Decoder:
 
         return forward
 
-    def _cut(self, batch: _Batch, stretch: Stretch, value: Any, place: Place) -> Any:
-        """Return a layer's argument for the rows that run it."""
+    def _cut(self, batch: _Batch, stretch: Stretch, value: Any, place: Place, device: torch.device) -> Any:
+        """Return a layer's argument for the rows that run it, on the layer's device."""
         if isinstance(value, tuple | list):
-            return type(value)(self._cut(batch, stretch, item, (*place, at)) for at, item in enumerate(value))
+            return type(value)(self._cut(batch, stretch, item, (*place, at), device) for at, item in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = batch.copies.on(value, device)
         share = self._arguments.per_row.get(place)
-        if not isinstance(value, torch.Tensor) or not share or value.shape[0] != share * len(batch.ring.rows):
+        if not share or value.shape[0] != share * len(batch.ring.rows):
             return value
         if (known := batch.repeated.get(id(value))) is None:
             twice = torch.cat((value, value))
@@ -259,7 +296,8 @@ class _Fill:
 
     def record(self, layer: int, nodes: tuple[Node, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the keys and values (nodes x examples, heads, tokens, size) of some of a layer's nodes."""
-        order = [final for final, at in self.ring.running(layer) if at == 0]
+        _, first = self.ring.rows[0]
+        order = [final for final, at in self.ring.running(layer) if at == first]
         below = [tuple(removed for removed in self.ring.finals[final] if removed < layer) for final in order]
         runs = _runs([(row, nodes.index(node)) for row, node in enumerate(below) if node in nodes])
         num_rows = len(order) * len(self.lengths)

@@ -104,7 +104,7 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
     steps_nbv: list[torch.Tensor] = []
 
     def observe(logits_rv: torch.Tensor) -> None:
-        steps_nbv.append(logits_rv.float().view(len(finals), len(rows), -1))
+        steps_nbv.append(logits_rv.float().cpu().view(len(finals), len(rows), -1))
 
     everything = [(range(len(rows)), Portions())]
     new = decoder.new_tokens(finals, rows, None, _NEW_TOKENS, Ending(frozenset()), everything, observe)
@@ -159,7 +159,7 @@ def _difference(
     if trees:
         packs = pack_rows(rows, len(rows[0]) + _LENGTHS[1])  # more than one line, more than one row on a line
         layout = lay_packs(packs)
-    logits_nbv = sweep.next_logits(finals, layout, states).float()
+    logits_nbv = sweep.next_logits(finals, layout, states).float().cpu()
     if trees:
         at = [row for pack in packs for row in pack.rows]
         logits_nbv = logits_nbv[:, [at.index(row) for row in range(len(rows))]]
@@ -174,4 +174,4 @@ def _plain_logits(loaded: LoadedModel, removed: Sequence[int], rows: Sequence[Se
             loaded.model(input_ids=torch.tensor([row], device=loaded.model.device), use_cache=False).logits[0, -1]
             for row in rows
         ]
-    return torch.stack(logits).float()
+    return torch.stack(logits).float().cpu()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tale_ray.engine.arguments import LayerArguments, Place
+from tale_ray.engine.devices import sent
 from tale_ray.engine.layout import Layout
 from tale_ray.model.load import LoadedModel
 
@@ -24,22 +25,22 @@ class TreeMasks:
     def __init__(
         self, layout: Layout, prefix_tokens: int, num_nodes: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.positions_bt = layout.positions(prefix_tokens).to(device)
+        self.positions_bt = sent(layout.positions(prefix_tokens), device)
         self._layout = layout
         self._prefix_tokens = prefix_tokens
         self._repeats = num_nodes if layout.num_lines > 1 else 1  # one line broadcasts over all nodes
         self._dtype = dtype
-        self._device = device
-        self._masks: dict[int | None, torch.Tensor] = {}  # (nodes x lines, 1, slots, keys)
+        self._masks: dict[tuple[int | None, torch.device], torch.Tensor] = {}  # (nodes x lines, 1, slots, keys)
 
-    def mask(self, window: int | None, num_nodes: int) -> torch.Tensor:
+    def mask(self, window: int | None, num_nodes: int, device: torch.device) -> torch.Tensor:
         """Return the mask (num_nodes x lines, 1, slots, keys), or (1, 1, slots, keys) if it is the same for all."""
-        if window not in self._masks:
-            sees_btk = self._layout.sees(self._prefix_tokens, window).to(self._device)
-            added_btk = torch.zeros(sees_btk.shape, dtype=self._dtype, device=self._device)
+        key = (window, device)
+        if key not in self._masks:
+            sees_btk = sent(self._layout.sees(self._prefix_tokens, window), device)
+            added_btk = torch.zeros(sees_btk.shape, dtype=self._dtype, device=device)
             added_btk.masked_fill_(~sees_btk, torch.finfo(self._dtype).min)
-            self._masks[window] = added_btk[:, None].repeat(self._repeats, 1, 1, 1)
-        return self._masks[window][: num_nodes * self._layout.num_lines]
+            self._masks[key] = added_btk[:, None].repeat(self._repeats, 1, 1, 1)
+        return self._masks[key][: num_nodes * self._layout.num_lines]
 
 
 @torch.inference_mode()

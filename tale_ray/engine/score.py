@@ -6,13 +6,17 @@ candidates together, where the model fits them; everything else takes the plain 
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
 from tale_ray.engine.choices import Key, choose, key_choice, key_contexts, key_tokens, row_keys
 from tale_ray.engine.decode import Decoder
+from tale_ray.engine.devices import layer_devices
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
 from tale_ray.engine.groups import PromptGroup, group_prompts
 from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
@@ -44,6 +48,23 @@ class _Scored:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """What a micro-batch comes to, maybe not computed yet: tokens, or log-likelihoods, (candidates, rows)."""
+
+    keys: Sequence[Key]
+    values: torch.Tensor
+    are_tokens: bool
+
+    def land(self, scored: dict[int | None, _Scored], candidates: Sequence[int | None]) -> None:
+        """Wait for it, and remember it."""
+        for layer, found in zip(candidates, self.values.tolist(), strict=True):
+            if self.are_tokens:
+                scored[layer].tokens.update((key, [token]) for key, token in zip(self.keys, found, strict=True))
+            else:
+                scored[layer].log_likelihoods.update(zip(self.keys, found, strict=True))
+
+
 class Scorer:
     """Scores units on one loaded model, within a budget of memory.
 
@@ -55,8 +76,10 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, batch_bytes: int | None = None, *, sweeps: bool = True) -> None:
         self._loaded = loaded
+        self._num_stages = loaded.num_stages
+        self._least_batches = 2 * self._num_stages if self._num_stages > 1 else 1  # each device waits a third at most
         self._cost: RowCost = row_cost(loaded.model)
-        self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
+        self.budget: Budget = make_budget(set(layer_devices(loaded.layers)), batch_bytes)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit
@@ -272,18 +295,22 @@ class Scorer:
             left_bytes = max(self._usable_bytes - held, at_work)
             room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), left_bytes)
             if decoder is None:
+                in_flight: deque[_InFlight] = deque()
                 for batch, layout in self._layouts(suffixes, room):
                     own = [order[at] for at in batch]
                     memory = self._memory.of([(unit.split, len(prefix), key) for key in own], layout)
+                    portions = room.portions(layout)
                     if any(isinstance(key, tuple) for key in own):
                         wanted = [key_choice(rows, key).continuation_ids for key in own]
-                        likely = sweep.log_likelihoods(finals, layout, wanted, states, memory, room.portions(layout))
-                        for layer, values in zip(candidates, likely, strict=True):
-                            scored[layer].log_likelihoods.update(zip(own, values, strict=True))
-                        continue
-                    found = sweep.next_tokens(finals, layout, states, memory, room.portions(layout))
-                    first = [[[token] for token in tokens] for tokens in found]
-                    _note(scored, candidates, own, first)
+                        likely = sweep.log_likelihoods(finals, layout, wanted, states, memory, portions)
+                        in_flight.append(_InFlight(own, likely, are_tokens=False))
+                    else:
+                        found = sweep.next_tokens(finals, layout, states, memory, portions)
+                        in_flight.append(_InFlight(own, found, are_tokens=True))
+                    if len(in_flight) >= self._num_stages:
+                        in_flight.popleft().land(scored, candidates)
+                while in_flight:
+                    in_flight.popleft().land(scored, candidates)
                 continue
             reply_bytes = partial(
                 self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
@@ -295,21 +322,23 @@ class Scorer:
                     (some, left.portions(lay_lines([ends[at] for at in some])))
                     for some in batches([len(suffix) for suffix in ends], left.total, left.line_bytes)
                 ]
-                new = decoder.new_tokens(finals, ends, states, max_new_tokens, ending, fills)
+                new = decoder.new_tokens(
+                    finals, ends, states, max_new_tokens, ending, fills, num_flights=self._num_stages
+                )
                 _note(scored, candidates, [order[at] for at in batch], new)
 
     def _layouts(self, rows: Sequence[Sequence[int]], room: Room) -> Iterator[tuple[list[int], Layout]]:
         """Yield micro-batches: positions of their rows, and how these lie in them."""
         lengths = [len(row) for row in rows]
         if not self.fit.trees:
-            for batch in batches(lengths, room.total, room.line_bytes):
+            for batch in batches(lengths, room.total, room.line_bytes, self._least_batches):
                 yield batch, lay_lines([rows[at] for at in batch])
             return
         most = max(max(lengths), self._cost.pack_tokens)
         while most > max(lengths) and room.line_bytes(most) > room.total:
             most = max(max(lengths), most // 2)
         packs = pack_rows(rows, most)
-        for batch in batches([len(pack.tokens) for pack in packs], room.total, room.line_bytes):
+        for batch in batches([len(pack.tokens) for pack in packs], room.total, room.line_bytes, self._least_batches):
             chosen = [packs[at] for at in batch]
             yield [row for pack in chosen for row in pack.rows], lay_packs(chosen)
 

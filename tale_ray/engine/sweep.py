@@ -6,6 +6,7 @@ pass. Embedding, masks, rotary embedding, final norm and head stay the model's. 
 of a micro-batch, r states that are read, q predicted tokens, t tokens, d hidden size, v vocabulary.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from tale_ray.engine.arguments import learn_arguments
+from tale_ray.engine.devices import Copies, layer_devices, sent
 from tale_ray.engine.layout import Layout, lay_lines
 from tale_ray.engine.masks import TreeMasks, Unfit, learn_windows
 from tale_ray.engine.memory import BatchMemory
@@ -27,8 +29,9 @@ _OUTPUTS = ("o_proj", "out_proj")  # what attention calls its last projection
 class _Gather:
     """A pre-hook: the module sees some slots of each node only."""
 
-    def __init__(self, slots_r: torch.Tensor, num_slots: int) -> None:
+    def __init__(self, slots_r: torch.Tensor, num_slots: int, copies: Copies) -> None:
         self.slots_r = slots_r
+        self.copies = copies
         self.num_slots = num_slots  # of a node: all lines
 
     def __call__(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -36,14 +39,15 @@ class _Gather:
 
     def _gathered(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         hidden_nsd = hidden_btd.reshape(-1, self.num_slots, hidden_btd.shape[-1])
-        return hidden_nsd.index_select(1, self.slots_r.to(hidden_btd.device))
+        return hidden_nsd.index_select(1, self.copies.on(self.slots_r, hidden_btd.device))
 
 
 class _Scatter:
     """The hook that goes with it: what the module returns is put where it belongs, among zeros."""
 
-    def __init__(self, slots_r: torch.Tensor, num_lines: int, length: int) -> None:
+    def __init__(self, slots_r: torch.Tensor, num_lines: int, length: int, copies: Copies) -> None:
         self.slots_r = slots_r
+        self.copies = copies
         self.num_lines = num_lines
         self.length = length
 
@@ -51,7 +55,7 @@ class _Scatter:
         found_nrd = output[0] if isinstance(output, tuple) else output
         num_nodes, _, size = found_nrd.shape
         all_nsd = found_nrd.new_zeros(num_nodes, self.num_lines * self.length, size)
-        all_nsd.index_copy_(1, self.slots_r.to(found_nrd.device), found_nrd)
+        all_nsd.index_copy_(1, self.copies.on(self.slots_r, found_nrd.device), found_nrd)
         all_btd = all_nsd.view(-1, self.length, size)
         return (all_btd, *output[1:]) if isinstance(output, tuple) else all_btd
 
@@ -70,6 +74,7 @@ class _Pass:
     states: dict[Node, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of the boundary: (n b t d, position)
     ran: bool = False  # any layer
     repeated: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)  # per-row arguments, once a node
+    copies: Copies = field(default_factory=Copies)  # on the devices of later layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class Sweep:
         self._loaded = loaded
         self._decoder: Any = loaded.model.get_decoder()
         self._narrowable = [_narrowable(layer) for layer in loaded.layers.full] if narrow else []
+        self._devices = layer_devices(loaded.layers)
         self._pass: _Pass | None = None
         self.layer_applications = 0
         self._arguments = learn_arguments(loaded.layers, self._run_lines)
@@ -130,17 +136,17 @@ class Sweep:
         memory: BatchMemory | None = None,
         portions: Portions = Portions(),
         record: Record | None = None,
-    ) -> list[list[int]]:
-        """Return the most likely next token of each row (without the prefix's tokens) at each final node.
+    ) -> torch.Tensor:
+        """Return the most likely next token (nodes, rows) of each row (without the prefix's tokens) at each final node.
 
-        Every layer's keys and values are handed to `record`, those of all nodes together.
+        It lies on the device of the head, which may still be at work. Every layer's keys and values are handed to
+        `record`, those of all nodes together.
         """
         last_nrd = self._last_states(finals, layout, prefix, memory, portions, record)
         last_sd = last_nrd.flatten(0, 1)
         size = portions.head_rows or len(last_sd)
         parts = [self._head(last_sd[start : start + size]).argmax(-1) for start in range(0, len(last_sd), size)]
-        found: list[list[int]] = torch.cat(parts).view(last_nrd.shape[:2]).tolist()
-        return found
+        return torch.cat(parts).view(last_nrd.shape[:2])
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -151,35 +157,37 @@ class Sweep:
         prefix: PrefixStates | None,
         memory: BatchMemory | None = None,
         portions: Portions = Portions(),
-    ) -> list[list[float]]:
+    ) -> torch.Tensor:
         """Return the log-likelihood (nodes, rows), in nats, of each row's continuation at each final node.
 
-        A row's tokens are context and continuation, without the last token.
+        It lies on the device of the head, which may still be at work. A row's tokens are context and continuation,
+        without the last token.
         """
-        asked = [  # by predicted token: slot, token, row
+        asked = sorted(  # by predicted token: slot, token, row
             (slot, token, row)
             for row, (slots, tokens) in enumerate(zip(layout.slots, continuations, strict=True))
             for slot, token in zip(slots[len(slots) - len(tokens) :], tokens, strict=True)
-        ]
+        )
         slots = sorted({slot for slot, _, _ in asked})
         states_nrd = self._last_states(finals, layout, prefix, memory, portions, slots=slots)
         states_rd = states_nrd.flatten(0, 1)
         place = {slot: at for at, slot in enumerate(slots)}
-        nodes_n1 = torch.arange(len(finals))[:, None]
-        slot_q, token_q, row_q = torch.tensor([(place[slot], token, row) for slot, token, row in asked]).unbind(1)
-        slot_q = (nodes_n1 * len(slots) + slot_q).flatten()  # from here on, of every node
-        row_q = (nodes_n1 * len(layout.slots) + row_q).flatten()
-        token_q = token_q.repeat(len(finals))
-        found_b = torch.zeros(len(finals) * len(layout.slots), dtype=torch.float64)
+        num_rows = len(layout.slots)
+        asked_of_all = [  # of every node, too: state, token, row
+            (node * len(slots) + place[slot], token, node * num_rows + row)
+            for node in range(len(finals))
+            for slot, token, row in asked
+        ]
+        found_b = torch.zeros(len(finals) * num_rows, dtype=torch.float64, device=states_rd.device)
         size = portions.head_rows or len(states_rd)
         for start in range(0, len(states_rd), size):
             log_probabilities_rv = self._head(states_rd[start : start + size]).float().log_softmax(-1)
-            asked_q = ((slot_q >= start) & (slot_q < start + size)).nonzero()[:, 0]
-            places = (slot_q[asked_q] - start, token_q[asked_q])
-            values_q = log_probabilities_rv[tuple(index.to(log_probabilities_rv.device) for index in places)]
-            found_b.index_add_(0, row_q[asked_q], values_q.double().cpu())
-        found: list[list[float]] = found_b.view(len(finals), -1).tolist()
-        return found
+            first, end = (bisect_left(asked_of_all, (at,)) for at in (start, start + size))
+            state_q, token_q, row_q = torch.tensor(asked_of_all[first:end]).unbind(1)
+            device = log_probabilities_rv.device
+            values_q = log_probabilities_rv[sent(state_q - start, device), sent(token_q, device)]
+            found_b.index_add_(0, sent(row_q, found_b.device), sent(values_q.double(), found_b.device))
+        return found_b.view(len(finals), -1)
 
     @torch.inference_mode()
     def next_logits(self, finals: Sequence[Node], layout: Layout, prefix: PrefixStates | None) -> torch.Tensor:
@@ -206,8 +214,9 @@ class Sweep:
         cache = SweepCache(prefix, writes=False, record=record) if prefix is not None or record is not None else None
         at_once = _nodes(steps, portions) if record is None else most_nodes(steps)
         trees = self._tree_masks(layout, prefix, at_once) if layout.is_tree else None
-        states = self._run(_Pass(steps, layout, reads_r, cache, memory, trees, at_once))
-        return torch.stack([_read(states[node], reads_r) for node in finals])
+        work = _Pass(steps, layout, reads_r, cache, memory, trees, at_once)
+        states, device = self._run(work), self._devices[-1]
+        return torch.stack([sent(_read(states[node], reads_r, work.copies), device) for node in finals])
 
     def _tree_masks(self, layout: Layout, prefix: PrefixStates | None, num_nodes: int) -> TreeMasks:
         if self._windows is None:
@@ -217,10 +226,13 @@ class Sweep:
 
     def _run(self, work: _Pass) -> dict[Node, tuple[torch.Tensor, int]]:
         """Run the decoder over rows and return the states above all layers."""
-        tokens_bt = torch.tensor(work.layout.tokens, device=self._loaded.model.device)
+        tokens_bt = sent(torch.tensor(work.layout.tokens), self._loaded.model.device)
         ours: dict[str, Any] = {}
         if work.trees is not None:
-            ours = {"position_ids": work.trees.positions_bt, "attention_mask": work.trees.mask(None, 1)}
+            ours = {
+                "position_ids": work.trees.positions_bt,
+                "attention_mask": work.trees.mask(None, 1, tokens_bt.device),
+            }
         self._pass = work
         try:
             self._narrow_layers(work)
@@ -298,7 +310,7 @@ class Sweep:
         self, work: _Pass, layer: int, own: Any, nodes: tuple[Node, ...], args: Any, kwargs: Any
     ) -> torch.Tensor:
         """Return what a layer makes of some nodes (nodes, lines, slots, hidden size)."""
-        stacked_nbtd = stack([work.states[node] for node in nodes])
+        stacked_nbtd = sent(stack([work.states[node] for node in nodes]), self._devices[layer])
         if work.cache is not None:
             work.cache.layer, work.cache.nodes = layer, nodes
         found = own(
@@ -321,9 +333,10 @@ class Sweep:
             assert self._windows is not None, "trees have been learned"
             arguments = self._tree_arguments
             if place in arguments.masks:
-                return work.trees.mask(self._windows[layer], num_nodes)
+                return work.trees.mask(self._windows[layer], num_nodes, self._devices[layer])
         if not isinstance(value, torch.Tensor):
             return value
+        value = work.copies.on(value, self._devices[layer])
         if value.ndim == 4:
             return value[:1]  # a mask: without padding it is the same for all rows
         if place not in arguments.per_row or value.shape[0] == 1:
@@ -337,8 +350,8 @@ class Sweep:
         """Let the feed-forward part of layers of which only some slots are needed run there only."""
         layout = work.layout
         slots_r = torch.zeros(1, dtype=torch.long) if work.reads_r is None else work.reads_r
-        gather = _Gather(slots_r, layout.num_lines * layout.num_slots)
-        scatter = _Scatter(slots_r, layout.num_lines, layout.num_slots)
+        gather = _Gather(slots_r, layout.num_lines * layout.num_slots, work.copies)
+        scatter = _Scatter(slots_r, layout.num_lines, layout.num_slots, work.copies)
         for step, modules in zip(work.steps, self._narrowable, strict=False):
             if step.runs and step.last_only:
                 for module in modules:
@@ -358,10 +371,10 @@ def _nodes(steps: Sequence[Step], portions: Portions) -> int:
     return min(most_nodes(steps), portions.nodes or most_nodes(steps))
 
 
-def _read(state: tuple[torch.Tensor, int], reads_r: torch.Tensor) -> torch.Tensor:
+def _read(state: tuple[torch.Tensor, int], reads_r: torch.Tensor, copies: Copies) -> torch.Tensor:
     """Return a state (lines, slots, size) at some slots."""
     tensor_nbtd, position = state
-    return tensor_nbtd[position].flatten(0, 1).index_select(0, reads_r.to(tensor_nbtd.device))
+    return tensor_nbtd[position].flatten(0, 1).index_select(0, copies.on(reads_r, tensor_nbtd.device))
 
 
 def _known(memory: BatchMemory | None) -> Callable[[int, Node], bool]:

@@ -14,6 +14,7 @@ from tale_ray.errors import ModelError
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.placement import ON_CPU, Placement
+from tale_ray.model.stages import device_map, hollow_model
 from tale_ray.records import ModelInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
@@ -28,6 +29,7 @@ class LoadedModel:
     tokenizer: Any
     layers: LayerStack
     info: ModelInfo
+    num_stages: int = 1  # of the pipeline: so many micro-batches are to be in flight
 
 
 def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU) -> LoadedModel:
@@ -61,7 +63,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
             place,
             dtype=_DTYPES[dtype],
             output_loading_info=True,
-            **_placement(placement.num_gpus),
+            **_placed(config, section, dtype, placement),
             **options,
             **quantised,
         )
@@ -93,7 +95,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         notes=_notes(model, loading),
         num_embeddings=num_embeddings,
     )
-    return LoadedModel(model, tokenizer, layers, info)
+    return LoadedModel(model, tokenizer, layers, info, num_stages=len(placement.devices))
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -174,12 +176,21 @@ def _load_tokenizer(place: str, folder: Path | None, options: dict[str, Any], qu
         ) from error
 
 
-def _placement(num_gpus: int) -> dict[str, Any]:
-    """Return the options that keep a model on the CPU or on the first GPUs: a process may see more of them."""
-    if num_gpus <= 1:
-        return {"device_map": {"": 0} if num_gpus else None}
-    memory = {gpu: torch.cuda.mem_get_info(gpu)[0] * 9 // 10 for gpu in range(num_gpus)}
-    return {"device_map": "auto", "max_memory": memory}  # what is not named is not used
+def _placed(config: Any, section: ModelSection, dtype: str, placement: Placement) -> dict[str, Any]:
+    """Return the options that put weights where they are to lie, without a second copy in this process's memory."""
+    devices = placement.devices
+    if not placement.num_gpus:
+        return {"device_map": None}  # files are mapped into memory, which all workers of a node share
+    if len(devices) == 1:
+        return {"device_map": {"": devices[0]}}
+    if getattr(config, "quantization_config", None) is not None:  # only its own code knows how large its weights are
+        memory = {gpu: torch.cuda.mem_get_info(gpu)[0] * 9 // 10 for gpu in range(placement.num_gpus)}
+        return {"device_map": "auto", "max_memory": memory}  # what is not named is not used
+    stored = getattr(config, "dtype", None) or torch.float32
+    hollow = hollow_model(
+        config, stored if dtype == "checkpoint" else _DTYPES[dtype], trust_remote_code=section.trust_remote_code
+    )
+    return {"device_map": device_map(hollow, devices)}
 
 
 def _device_name(model: Any) -> str:
