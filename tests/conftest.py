@@ -1,7 +1,10 @@
 """Shared by all tests: one thread, no hub, and one Ray cluster and one S3 server for those that need one."""
 
+import atexit
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,10 @@ from s3_server import S3Server
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray reads them when it is imported
+
+if "TALE_RAY_CACHE" not in os.environ:  # what workers keep is not kept for longer than the tests
+    os.environ["TALE_RAY_CACHE"] = tempfile.mkdtemp(prefix="tale-ray-cache-")
+    atexit.register(shutil.rmtree, os.environ["TALE_RAY_CACHE"], ignore_errors=True)
 
 TESTS = str(Path(__file__).parent)
 # Actors made in tests import what tests import.

@@ -29,7 +29,9 @@ class Worker:
 
     def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._name = name
-        self._loaded: LoadedModel = load_model(section, dtype, worker_placement(resources.gpus_per_worker))
+        self._loaded: LoadedModel = load_model(
+            section, dtype, worker_placement(resources.gpus_per_worker, is_alone=resources.local)
+        )
         if not resources.gpus_per_worker:
             keep_heap()
         self._scorer = Scorer(self._loaded, resources.batch_bytes)

@@ -1,21 +1,29 @@
 """A model and its tokenizer, loaded, ready to lose layers. Knows nothing of tasks, rows or scores."""
 
+import ctypes
+import gc
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
+from tale_ray.model.converted import ConvertedCheckpoint, cache_folder
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.placement import ON_CPU, Placement
 from tale_ray.model.stages import device_map, hollow_model
 from tale_ray.records import ModelInfo
+
+logger = logging.getLogger("tale_ray.model")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
 _PROBE_TOKENS = 8
@@ -53,30 +61,32 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
     if section.gguf is not None:
         _require_gguf()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # several workers would draw theirs over each other
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # several workers would draw theirs over each other
     try:
         config = AutoConfig.from_pretrained(place, **options, **quantised)
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        read = partial(
+            _read_weights,
+            section,
             place,
             dtype=_DTYPES[dtype],
-            output_loading_info=True,
             **_placed(config, section, dtype, placement),
             **options,
             **quantised,
         )
+        if placement.shares_weights and _is_converted(config, section, dtype):
+            model, loading = _shared(_key(config, section, folder), read)
+        else:
+            model, loading = read()
     except ModelError:
         raise
     except Exception as error:
         raise _as_model_error(section, error) from error
     finally:
         if bars:
-            logging.enable_progress_bar()
-    _check_weights(section, loading)
-    if section.gguf is not None and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are not quantised any more
+            transformers_logging.enable_progress_bar()
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
     _check_placement(model, placement.num_gpus)
@@ -191,6 +201,63 @@ def _placed(config: Any, section: ModelSection, dtype: str, placement: Placement
         config, stored if dtype == "checkpoint" else _DTYPES[dtype], trust_remote_code=section.trust_remote_code
     )
     return {"device_map": device_map(hollow, devices)}
+
+
+def _read_weights(section: ModelSection, place: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and what transformers says of loading it.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    model, loading = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+    _check_weights(section, loading)
+    if section.gguf is not None and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are not quantised any more
+    return model, loading
+
+
+def _is_converted(config: Any, section: ModelSection, dtype: str) -> bool:
+    """Return whether weights are computed with as other numbers than they are stored as, so that no file holds them."""
+    if dtype != "float32" or getattr(config, "auto_map", None):  # its own code may save it as it likes
+        return False
+    return section.gguf is not None or getattr(config, "dtype", None) not in (None, torch.float32)
+
+
+def _key(config: Any, section: ModelSection, folder: Path | None) -> str:
+    """Return a name for the content of a model's files, before they are loaded."""
+    if folder is not None:
+        return digest_model(folder, section.gguf)
+    return f"{getattr(config, '_commit_hash', None) or 'unknown'}-{section.gguf or 'safetensors'}"
+
+
+def _shared(key: str, read: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """Return the model from its float32 copy, which is made if need be; from its own files if there is no room."""
+    if (cache := cache_folder()) is None:
+        return read()
+    try:
+        with ConvertedCheckpoint(cache, key) as copy:
+            if not copy.exists:
+                model, loading = read()
+                try:
+                    copy.make(model)
+                except OSError as error:
+                    logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
+                    return model, loading
+                del model
+                _give_back_memory()
+    except OSError as error:
+        logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
+        return read()
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(copy.folder, **options)
+    return model, loading
+
+
+def _give_back_memory() -> None:
+    """Let the C library return what was freed, where it can be told to (glibc): it would keep a whole model."""
+    gc.collect()
+    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
 
 
 def _device_name(model: Any) -> str:

@@ -8,6 +8,7 @@ class Placement:
     """The devices of the pipeline stages, in order: `("cpu",)`, `("cuda:0", "cuda:1")`. One device, one stage."""
 
     devices: tuple[str, ...] = ("cpu",)
+    shares_weights: bool = False  # with other processes of this machine, on the CPU
 
     @property
     def num_gpus(self) -> int:
@@ -18,6 +19,8 @@ class Placement:
 ON_CPU = Placement()
 
 
-def worker_placement(gpus_per_worker: int) -> Placement:
-    """Return the placement on the first GPUs that a process sees, or on the CPU."""
-    return Placement(devices=tuple(f"cuda:{gpu}" for gpu in range(gpus_per_worker)) or ("cpu",))
+def worker_placement(gpus_per_worker: int, *, is_alone: bool) -> Placement:
+    """Return the placement on the first GPUs that a process sees, or on the CPU: with others, unless it `is_alone`."""
+    if not gpus_per_worker:
+        return Placement(shares_weights=not is_alone)
+    return Placement(devices=tuple(f"cuda:{gpu}" for gpu in range(gpus_per_worker)))
