@@ -56,7 +56,7 @@ class Scorer:
     def __init__(self, loaded: LoadedModel, batch_bytes: int | None = None, *, sweeps: bool = True) -> None:
         self._loaded = loaded
         self._cost: RowCost = row_cost(loaded.model)
-        self.budget: Budget = make_budget(loaded.model.device, batch_bytes)
+        self.budget: Budget = make_budget(loaded.model.device, batch_bytes, is_streamed=loaded.layers.is_streamed)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit

@@ -14,10 +14,12 @@ from tale_ray.errors import ModelError
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.placement import ON_CPU, Placement
+from tale_ray.model.streaming import stream_model
 from tale_ray.records import ModelInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
 _PROBE_TOKENS = 8
+_STREAMED = "weights do not stay in memory: layers are read from their files one after another, once for many rows"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,17 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         config = AutoConfig.from_pretrained(place, **options, **quantised)
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=_DTYPES[dtype],
-            output_loading_info=True,
-            **_placement(placement.num_gpus),
-            **options,
-            **quantised,
-        )
+        if placement.is_streamed:
+            model, loading = stream_model(section, config, dtype, placement)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=_DTYPES[dtype],
+                output_loading_info=True,
+                **_placement(placement.num_gpus),
+                **options,
+                **quantised,
+            )
     except ModelError:
         raise
     except Exception as error:
@@ -81,6 +86,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     num_embeddings = int(model.get_input_embeddings().weight.shape[0])
     _check_vocabulary(section, tokenizer, num_embeddings)
     layers = find_layers(model)
+    layers.is_streamed = placement.is_streamed
     check_causal(model)
     info = ModelInfo(
         num_layers=layers.num_layers,
@@ -90,7 +96,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
         max_positions=max_positions(model),
-        notes=_notes(model, loading),
+        notes=(*_notes(model, loading), *([_STREAMED] if placement.is_streamed else [])),
         num_embeddings=num_embeddings,
     )
     return LoadedModel(model, tokenizer, layers, info)
@@ -183,7 +189,7 @@ def _placement(num_gpus: int) -> dict[str, Any]:
 
 
 def _device_name(model: Any) -> str:
-    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters())
+    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters() if not parameter.is_meta)
     return ",".join(devices)
 
 

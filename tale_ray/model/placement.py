@@ -8,6 +8,7 @@ class Placement:
     """The devices of the pipeline stages, in order: `("cpu",)`, `("cuda:0", "cuda:1")`. One device, one stage."""
 
     devices: tuple[str, ...] = ("cpu",)
+    is_streamed: bool = False  # layers stay in their files and come to the first device one at a time
 
     @property
     def num_gpus(self) -> int:
