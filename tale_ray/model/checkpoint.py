@@ -162,7 +162,7 @@ class MappedFile:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class MappedFiles:
     """Files of a checkpoint in memory, each mapped once."""
 
     paths: tuple[Path, ...]
@@ -191,9 +191,9 @@ class Mapping:
             self.files[path].drop(start, end)
 
 
-def map_files(tensors: Iterable[StoredTensor]) -> Mapping:
+def map_files(tensors: Iterable[StoredTensor]) -> MappedFiles:
     """Return the files that hold some tensors, in memory."""
-    return Mapping(tuple(sorted({tensor.path for tensor in tensors})))
+    return MappedFiles(tuple(sorted({tensor.path for tensor in tensors})))
 
 
 def stretches(tensors: Iterable[StoredTensor]) -> list[tuple[Path, int, int]]:

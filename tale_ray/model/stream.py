@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tale_ray.model.checkpoint import Mapping as FileMapping
-from tale_ray.model.checkpoint import StoredTensor
+from tale_ray.model.checkpoint import MappedFiles, StoredTensor
 
 _ALIGNMENT = 256  # bytes, of every weight in a buffer
 
@@ -56,7 +55,7 @@ class WeightSource(Protocol):
 class MappedWeights:
     """Weights that lie in mapped files."""
 
-    def __init__(self, files: FileMapping, layers: Sequence[Sequence[Weight]], rest: Sequence[StoredTensor]) -> None:
+    def __init__(self, files: MappedFiles, layers: Sequence[Sequence[Weight]], rest: Sequence[StoredTensor]) -> None:
         self._files = files
         self._layers = [[weight.stored for weight in weights] for weights in layers]
         self._rest = rest  # embedding and head
@@ -83,7 +82,7 @@ class MappedWeights:
 class CopiedWeights:
     """Weights that are copied into one of two buffers, as large as the largest layer."""
 
-    def __init__(self, files: FileMapping, layers: Sequence[Sequence[Weight]], device: torch.device) -> None:
+    def __init__(self, files: MappedFiles, layers: Sequence[Sequence[Weight]], device: torch.device) -> None:
         self._files = files
         self._layers = layers
         self._used: int | None = None
@@ -125,7 +124,7 @@ class CopiedWeights:
 class _Slot:
     """A buffer that holds one layer at a time."""
 
-    def __init__(self, files: FileMapping, size: int, layers: Sequence[Sequence[Weight]], device: torch.device) -> None:
+    def __init__(self, files: MappedFiles, size: int, layers: Sequence[Sequence[Weight]], device: torch.device) -> None:
         self.layer: int | None = None
         self._files = files
         self._layers = layers
@@ -136,8 +135,9 @@ class _Slot:
         self._staged = [_views(staging, weights) for weights in layers]
         self.parameters = [[_parameter(view) for view in views] for views in self._views]
         if self._is_gpu:
-            self._copies = torch.cuda.Stream(device)
-            self._arrived, self._left = torch.cuda.Event(), torch.cuda.Event()
+            self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._left: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def fill(self, layer: int) -> None:
@@ -251,7 +251,7 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def make_source(
-    files: FileMapping,
+    files: MappedFiles,
     layers: Sequence[Sequence[Weight]],
     rest: Mapping[str, StoredTensor],
     device: torch.device,

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from tale_ray.config import ModelSection, StreamMode
 from tale_ray.errors import ModelError
 from tale_ray.model.capacity import free_gpu_bytes, free_memory_bytes
-from tale_ray.model.checkpoint import StoredTensor, map_files, stored_tensors
+from tale_ray.model.checkpoint import MappedFiles, StoredTensor, map_files, stored_tensors
 from tale_ray.model.digest import check_model, model_folder
 from tale_ray.model.layers import LayerStack, find_layers
 from tale_ray.model.placement import Placement
@@ -203,7 +203,7 @@ def _is_streamed(stack: LayerStack, model: Any, name: str) -> bool:
 
 
 def _layers_name(stack: LayerStack, model: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is stack.full)
+    return next(str(name) for name, module in model.named_modules() if module is stack.full)
 
 
 def _layer_weights(stack: LayerStack, stored: Mapping[str, StoredTensor]) -> list[list[Weight]]:
@@ -221,17 +221,17 @@ def _layer_weights(stack: LayerStack, stored: Mapping[str, StoredTensor]) -> lis
 
 
 def _load_rest(
-    model: Any, rest: Mapping[str, StoredTensor], files: Any, device: torch.device, *, is_mapped: bool
+    model: Any, rest: Mapping[str, StoredTensor], files: MappedFiles, device: torch.device, *, is_mapped: bool
 ) -> None:
     """Give the modules outside the layers their weights: where they are mapped and of the right dtype, in the file."""
     for name, stored in rest.items():
         module, own = _place(model, name)
-        known = module._parameters.get(own)
-        meta = known if known is not None else module._buffers[own]
+        is_parameter = own in module._parameters
+        dtype = model.get_parameter_or_buffer(name).dtype
         view = files.view(stored)
-        as_it_is = is_mapped and known is not None and view.dtype == meta.dtype
-        tensor = view if as_it_is else torch.empty_like(view, dtype=meta.dtype, device=device).copy_(view)
-        if known is not None:
+        as_it_is = is_mapped and is_parameter and view.dtype == dtype
+        tensor = view if as_it_is else torch.empty_like(view, dtype=dtype, device=device).copy_(view)
+        if is_parameter:
             module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[own] = tensor
