@@ -98,6 +98,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         max_positions=max_positions(model),
         notes=(*_notes(model, loading), *([_STREAMED] if placement.is_streamed else [])),
         num_embeddings=num_embeddings,
+        is_streamed=placement.is_streamed,
     )
     return LoadedModel(model, tokenizer, layers, info)
 
