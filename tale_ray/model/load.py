@@ -257,6 +257,8 @@ def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
         remedy = "the hub may be out of reach: download the model and give its folder, or check the name"
     elif isinstance(error, torch.cuda.OutOfMemoryError):
         remedy = "give each worker more GPUs, or choose a smaller dtype"
+    elif isinstance(error, MemoryError) or "Cannot allocate memory" in text:
+        remedy = "give the process more memory, or leave the layers in their files (--stream always)"
     elif isinstance(error, ImportError):
         remedy = "install the package it names"
     else:
