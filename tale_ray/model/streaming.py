@@ -43,8 +43,8 @@ def should_stream(section: ModelSection, dtype: str, placement: Placement, mode:
         return mode == "always"
     check_model(section)
     folder = _cached(section)
-    if folder is None or section.gguf is not None:
-        return False
+    if folder is None or section.gguf is not None or placement.num_gpus > torch.cuda.device_count():
+        return False  # what is wrong with it, loading says
     try:
         tensors = stored_tensors(folder)
     except ModelError:
