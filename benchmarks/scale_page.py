@@ -62,7 +62,7 @@ Of the first scenario below ({first["says"]}); medians of {commits["repeats"]} w
 {table(("what", "target", "found", "reached"), rows)}
 
 Of 256 workers each has {worker_seconds:.1f} s of work in a scoring, and one row with all candidates takes
-{row_seconds:.1f} s: towards the end rows are cut between candidates, and each part computes again what lies below its own.
+{row_seconds:.1f} s: towards the end rows are cut between candidates, each part computing again what lies below it.
 The driver writes {1000 / commits["unit_ms"]:.0f} units a second here; were they written in no time, 256 workers would
 reach {free[256]["efficiency"]:.3f} and 64 workers {free[64]["efficiency"]:.3f}."""
 
