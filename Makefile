@@ -59,6 +59,7 @@ bench: $(CACHE)/smollm2/config.json
 	$(BIN)/python benchmarks/scaling.py --threads 2
 	$(BIN)/python benchmarks/workers.py --pairs 3 --smollm2 $(CACHE)/smollm2
 	$(BIN)/python benchmarks/document.py
+	$(BIN)/python benchmarks/streaming.py --threads 2
 	$(BIN)/python benchmarks/scale.py --validate --smollm2 $(CACHE)/smollm2
 
 # The reference of all commands, from their own help.

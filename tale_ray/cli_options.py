@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from tale_ray.config import DEFAULT_SPLITS, DType, splits_text
+from tale_ray.config import DEFAULT_SPLITS, DType, StreamMode, splits_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -68,6 +68,13 @@ resource_options = with_options(
     ),
     click.option(
         "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
+    ),
+    click.option(
+        "--stream",
+        type=click.Choice(get_args(StreamMode)),
+        default="auto",
+        show_default=True,
+        help="Read layers from their files, one at a time: for models larger than the memory.",
     ),
 )
 time_limit_option = click.option(

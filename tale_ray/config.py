@@ -19,6 +19,7 @@ from tale_ray.records import SplitName
 EpsilonMode = Literal["baseline", "current"]
 ResumeMode = Literal["auto", "must", "never"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+StreamMode = Literal["auto", "always", "never"]
 
 _MAX_DECIMALS = 100
 _MAX_SECONDS = 10 * 365 * 24 * 60 * 60  # the timers of some systems overflow soon after
@@ -311,6 +312,7 @@ class ResourceSection:
     cpus_per_worker: int = 1
     wait_resources_seconds: float = 60.0
     batch_bytes: int | None = None  # working memory of a worker, beside the model; None: chosen from the device
+    stream: StreamMode = "auto"  # layers from their files one at a time; auto: if the weights do not fit
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -321,6 +323,7 @@ class ResourceSection:
         _at_most(self.wait_resources_seconds, _MAX_SECONDS, "wait resources", "seconds", "wait less")
         _at_least(self.batch_bytes, 1, "batch bytes", "leave the option out to choose from the device")
         _at_most(self.batch_bytes, _MAX_BYTES, "batch bytes", "bytes", "leave the option out to choose from the device")
+        _one_of(self.stream, StreamMode, "stream")
         if self.local and self.address is not None:
             raise ConfigError(f"local and address {self.address!r} exclude each other: leave one out")
         if self.local and (self.workers or 1) > 1:

@@ -86,6 +86,7 @@ class ModelInfo:
     max_positions: int | None = None  # None: not limited by the model
     notes: tuple[str, ...] = ()  # what a user should know, e.g. "the tokenizer has no chat template"
     num_embeddings: int | None = None  # tokens that have one; None: not known
+    is_streamed: bool = False  # every unit reads the weights from the disk, however few its rows
 
     def check_tokens(self, token_ids: Iterable[int]) -> None:
         """Refuse a prompt with a token that the model has no embedding for.

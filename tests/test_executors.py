@@ -193,7 +193,7 @@ def test_a_local_worker_uses_no_more_gpus_than_asked_for(folder: Path, monkeypat
         raise Seen({name: options[name] for name in ("device_map", "max_memory") if name in options})
 
     def placement(num_gpus: int) -> str:
-        resources = ResourceSection(local=True, gpus_per_worker=num_gpus)
+        resources = ResourceSection(local=True, gpus_per_worker=num_gpus, stream="never")
         executor = LocalExecutor(ModelSection(model=str(folder)), "float32", resources)
         executor.connect()
         with pytest.raises(ModelError) as refused:

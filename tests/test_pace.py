@@ -120,3 +120,17 @@ def test_long_units_are_kept_for_who_is_done_first_once_few_are_left(workers: in
     assert learned().is_scarce(each, LAYERS, 1600, workers) is is_scarce
     assert not learned().is_scarce(unit(20), LAYERS, 1600, workers), "a short one may wait behind another"
     assert Pace(len(LAYERS)).is_scarce(each, LAYERS, 1600, workers), "nobody knows how long they take"
+
+
+def test_units_of_a_streamed_model_are_few_and_large() -> None:
+    """Each reads all weights: 10 s here, and a row takes 2 s, which makes a unit of one row of a model in memory."""
+    streamed, loaded = Pace(len(LAYERS), is_streamed=True), Pace(len(LAYERS))
+    row = 2.0
+    for num_rows in (4, 16, 4, 16):
+        streamed.note(took(num_rows, 10 + row * num_rows))  # type: ignore[arg-type]
+        loaded.note(took(num_rows, row * num_rows))  # type: ignore[arg-type]
+    assert loaded.shape((), LAYERS, left(1)).rows == 1
+    shape = streamed.shape((), LAYERS, left(1))
+    assert shape.candidates == len(LAYERS)
+    assert 100 < shape.rows < 160
+    assert streamed.shape((), LAYERS, left(1, rows=40)).rows == 40, "one pass, if that is all there is"

@@ -145,7 +145,8 @@ def run_evaluation(
         answers: dict[SplitName, tuple[RowAnswer, ...]] = {}
         for name in chosen:
             scoring = Scoring("evaluation", name, config.strategy.remove, (None,), len(prepared.examples[name]))
-            scheduler = pool.scheduler(scoring, Pace(info.num_layers, questions.max_new_tokens))
+            pace = Pace(info.num_layers, questions.max_new_tokens, is_streamed=info.is_streamed)
+            scheduler = pool.scheduler(scoring, pace)
             for step in pool.run(scheduler):
                 if not isinstance(step, Keep):
                     yield step

@@ -164,6 +164,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             similar={split: similar_ranks(rows) for split, rows in questions.rows.items()},
             exhaustive=config.strategy.exhaustive,
             max_new_tokens=questions.max_new_tokens,
+            is_streamed=info.is_streamed,
         )
         tell_metrics = make_metrics(config, manifest.run)
         with _ending(writer, driver):

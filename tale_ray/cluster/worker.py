@@ -14,6 +14,7 @@ from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.model.placement import worker_placement
+from tale_ray.model.streaming import should_stream
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.tasks.harness import load_for_scoring
@@ -29,9 +30,9 @@ class Worker:
 
     def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
         self._name = name
-        self._loaded: LoadedModel = load_model(
-            section, dtype, worker_placement(resources.gpus_per_worker, is_alone=resources.local)
-        )
+        placement = worker_placement(resources.gpus_per_worker, is_alone=resources.local)
+        streamed = should_stream(section, dtype, placement, resources.stream)
+        self._loaded: LoadedModel = load_model(section, dtype, replace(placement, is_streamed=streamed))
         if not resources.gpus_per_worker:
             keep_heap()
         self._scorer = Scorer(self._loaded, resources.batch_bytes)

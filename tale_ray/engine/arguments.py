@@ -24,7 +24,8 @@ class LayerArguments:
 def learn_arguments(layers: LayerStack, run: Callable[[int], Any]) -> LayerArguments:
     """Return what layers are handed when `run` puts two rows, then three, through the decoder.
 
-    There are masks among it if the rows that `run` takes have padding, and say so.
+    There are masks among it if the rows that `run` takes have padding, and say so. Of a model that is streamed only the
+    first layer is run: what layers are handed beside hidden states does not depend on these.
     """
     sizes: dict[Place, dict[int, int]] = {}
     masks: set[Place] = set()
@@ -40,19 +41,21 @@ def learn_arguments(layers: LayerStack, run: Callable[[int], Any]) -> LayerArgum
             if value.ndim == 4:
                 masks.add(place)
 
-    def noting(own: Any) -> Any:
+    def noting(number: int, own: Any) -> Any:
         def forward(hidden_btd: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             for at, value in enumerate(args):
                 note(value, (at,))
             for name, value in kwargs.items():
                 note(value, (name,))
+            if layers.is_streamed and number:
+                return (hidden_btd,) if outputs == {tuple} else hidden_btd
             found = own(hidden_btd, *args, **kwargs)
             outputs.add(type(found))
             return found
 
         return forward
 
-    with layers.forwarding([noting(layer.forward) for layer in layers.full]):
+    with layers.forwarding([noting(number, layer.forward) for number, layer in enumerate(layers.full)]):
         for num_rows in (2, 3):
             run(num_rows)
     per_row = {place: found[3] - found[2] for place, found in sizes.items() if len({*found.values()}) > 1}

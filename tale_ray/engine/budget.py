@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from tale_ray.errors import ConfigError
+from tale_ray.model.capacity import free_memory_bytes
 
 _CPU_BATCH_BYTES = 32 * 2**20  # larger ones leave the CPU's caches, and their memory is mapped anew for every product
 _CPU_SHARE = 8  # of the memory that is free
@@ -128,17 +128,19 @@ class Budget:
         return min(self.batch, self.total - held_bytes)
 
 
-def make_budget(devices: Collection[torch.device], batch_bytes: int | None) -> Budget:
+def make_budget(devices: Collection[torch.device], batch_bytes: int | None, *, is_streamed: bool = False) -> Budget:
     """Return the budget asked for, or one that suits the devices of a model's layers.
 
-    Half of the free memory of the GPU that has least; an eighth of a CPU's free memory, in micro-batches of 32 MiB.
+    Half of the free memory of the GPU that has least; an eighth of a CPU's free memory, in micro-batches of 32 MiB. Of
+    a model that is streamed every micro-batch reads all weights: there it takes the whole budget.
     """
     if batch_bytes is not None:
         return Budget(batch_bytes, batch_bytes)
     if gpus := [device for device in devices if device.type == "cuda"]:
         free = min(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) // 2
         return Budget(free, free)
-    return Budget(max(_CPU_BATCH_BYTES, psutil.virtual_memory().available // _CPU_SHARE), _CPU_BATCH_BYTES)
+    total = max(_CPU_BATCH_BYTES, free_memory_bytes() // _CPU_SHARE)
+    return Budget(total, total if is_streamed else _CPU_BATCH_BYTES)
 
 
 def batches(

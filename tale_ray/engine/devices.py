@@ -13,6 +13,9 @@ from tale_ray.model.layers import LayerStack
 
 def layer_devices(layers: LayerStack) -> tuple[torch.device, ...]:
     """Return the device that each layer's weights lie on; a layer without weights runs where the one below it does."""
+    if layers.is_streamed:  # weights come and go: they are where the rest of the model is when they are needed
+        device: torch.device = layers.model.device  # type: ignore[assignment]
+        return (device,) * layers.num_layers
     found: list[torch.device] = []
     for layer in layers.full:
         first = next(layer.parameters(), None)

@@ -1,7 +1,7 @@
 """Whether a model fits the fast paths: a few rows, scored both ways, must agree before anything is trusted to them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -99,8 +99,7 @@ def fit_decoder(loaded: LoadedModel, sweep: Sweep) -> tuple[Decoder | None, str]
 
 def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Sequence[int]]) -> float:
     """Return how far the logits of decoding steps are from the plain path's after the same tokens."""
-    total = loaded.layers.num_layers
-    finals = ring_order(_finals(total))
+    finals = ring_order(_finals(loaded))
     steps_nbv: list[torch.Tensor] = []
 
     def observe(logits_rv: torch.Tensor) -> None:
@@ -118,11 +117,29 @@ def _decoded_difference(loaded: LoadedModel, decoder: Decoder, rows: Sequence[Se
     return max(differences) / largest
 
 
-def _finals(num_layers: int) -> list[Node]:
-    """Return final nodes of a current model and of some candidates, the first layer and the last among them."""
-    removed = (num_layers // 2,) if num_layers > 2 else ()
+def _finals(loaded: LoadedModel) -> list[Node]:
+    """Return final nodes of a current model and of some candidates, the first layer and the last among them.
+
+    Where every pass reads the layers from the disk, the current model has few: the first two of each kind, and the
+    last.
+    """
+    num_layers = loaded.layers.num_layers
+    removed = {num_layers // 2} if num_layers > 2 else set()
+    if loaded.layers.is_streamed:
+        removed = set(range(num_layers)) - _few_of_each_kind(loaded)
     candidates = [layer for layer in sorted({0, num_layers - 1}) if num_layers > len(removed) + 1]
-    return [final_node(removed, layer) for layer in (None, *candidates)]
+    return [final_node(sorted(removed), layer) for layer in (None, *candidates)]
+
+
+def _few_of_each_kind(loaded: LoadedModel) -> set[int]:
+    """Return the last layer and the first two of those that have the same modules, shapes and type."""
+    layers = loaded.layers.full
+    types = getattr(loaded.model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(layers)
+    kinds: dict[Hashable, list[int]] = {}
+    for number, layer in enumerate(layers):
+        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+        kinds.setdefault((types[number], shapes), []).append(number)
+    return {len(layers) - 1, *(number for numbers in kinds.values() for number in numbers[:2])}
 
 
 def _rows(loaded: LoadedModel) -> list[list[int]]:
@@ -145,7 +162,7 @@ def _difference(
 ) -> float:
     """Return how far the sweep's logits are from the plain path's, as a share of the largest logit."""
     total = loaded.layers.num_layers
-    finals = _finals(total)
+    finals = _finals(loaded)
     for node in finals:
         if node not in truths:
             truths[node] = _plain_logits(loaded, node, rows)

@@ -79,7 +79,8 @@ class Scorer:
         self._num_stages = loaded.num_stages
         self._least_batches = 2 * self._num_stages if self._num_stages > 1 else 1  # each device waits a third at most
         self._cost: RowCost = row_cost(loaded.model)
-        self.budget: Budget = make_budget(set(layer_devices(loaded.layers)), batch_bytes)
+        devices = set(layer_devices(loaded.layers))
+        self.budget: Budget = make_budget(devices, batch_bytes, is_streamed=loaded.layers.is_streamed)
         self.fit: Fit = fit_sweep(loaded) if sweeps else Fit(None, False, False, "")
         self._decoder: Decoder | None = None
         self._decodes = self.fit.sweep is not None  # until it is found out that the model does not fit

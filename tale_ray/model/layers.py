@@ -77,6 +77,7 @@ class LayerStack:
     model: nn.Module
     owner: nn.Module  # the module that holds the list
     name: str  # of the list in its owner
+    is_streamed: bool = False  # a pass reads the weights from the disk
     _undo: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:

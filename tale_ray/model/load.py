@@ -21,12 +21,14 @@ from tale_ray.model.digest import check_model, digest_model, has_tokenizer, mode
 from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.placement import ON_CPU, Placement
 from tale_ray.model.stages import device_map, hollow_model
+from tale_ray.model.streaming import stream_model
 from tale_ray.records import ModelInfo
 
 logger = logging.getLogger("tale_ray.model")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
 _PROBE_TOKENS = 8
+_STREAMED = "weights do not stay in memory: layers are read from their files one after another, once for many rows"
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
             section,
             place,
             dtype=_DTYPES[dtype],
-            **_placed(config, section, dtype, placement),
+            **({} if placement.is_streamed else _placed(config, section, dtype, placement)),
             **options,
             **quantised,
         )
-        if placement.shares_weights and _is_converted(config, section, dtype):
+        if placement.is_streamed:
+            model, loading = stream_model(section, config, dtype, placement)
+            _check_weights(section, loading)
+        elif placement.shares_weights and _is_converted(config, section, dtype):
             model, loading = _shared(_key(config, section, folder), read)
         else:
             model, loading = read()
@@ -93,6 +98,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     num_embeddings = int(model.get_input_embeddings().weight.shape[0])
     _check_vocabulary(section, tokenizer, num_embeddings)
     layers = find_layers(model)
+    layers.is_streamed = placement.is_streamed
     check_causal(model)
     info = ModelInfo(
         num_layers=layers.num_layers,
@@ -102,8 +108,9 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
         max_positions=max_positions(model),
-        notes=_notes(model, loading),
+        notes=(*_notes(model, loading), *([_STREAMED] if placement.is_streamed else [])),
         num_embeddings=num_embeddings,
+        is_streamed=placement.is_streamed,
     )
     return LoadedModel(model, tokenizer, layers, info, num_stages=len(placement.devices))
 
@@ -261,7 +268,7 @@ def _give_back_memory() -> None:
 
 
 def _device_name(model: Any) -> str:
-    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters())
+    devices = dict.fromkeys(str(parameter.device) for parameter in model.parameters() if not parameter.is_meta)
     return ",".join(devices)
 
 
@@ -328,6 +335,8 @@ def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
         remedy = "the hub may be out of reach: download the model and give its folder, or check the name"
     elif isinstance(error, torch.cuda.OutOfMemoryError):
         remedy = "give each worker more GPUs, or choose a smaller dtype"
+    elif isinstance(error, MemoryError) or "Cannot allocate memory" in text:
+        remedy = "give the process more memory, or leave the layers in their files (--stream always)"
     elif isinstance(error, ImportError):
         remedy = "install the package it names"
     else:

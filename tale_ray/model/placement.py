@@ -9,6 +9,7 @@ class Placement:
 
     devices: tuple[str, ...] = ("cpu",)
     shares_weights: bool = False  # with other processes of this machine, on the CPU
+    is_streamed: bool = False  # layers stay in their files and come to the first device one at a time
 
     @property
     def num_gpus(self) -> int:

@@ -120,6 +120,7 @@ class Driver:
         similar: Mapping[SplitName, Sequence[int]] = MappingProxyType({}),
         exhaustive: bool = False,
         max_new_tokens: int = 1,
+        is_streamed: bool = False,
     ) -> None:
         self.history = history
         self._strategy = strategy
@@ -131,7 +132,7 @@ class Driver:
         self._loaded_at = loaded_at  # time.monotonic() when the first worker had loaded the model
         self._exhaustive = exhaustive
         self._similar = similar
-        self._pace = Pace(history.num_layers, max_new_tokens)
+        self._pace = Pace(history.num_layers, max_new_tokens, is_streamed=is_streamed)
         self._homes: dict[SplitName, Mapping[int, str]] = {}
         self._sheets: dict[int, AnswerSheet | None] = {}  # read once, by round
         self._digest_by_round: dict[int, str] = {}

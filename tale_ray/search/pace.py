@@ -9,6 +9,7 @@ from typing import Protocol
 from tale_ray.records import UnitResult, WorkUnit
 
 UNIT_SECONDS = 2.0  # at most, as far as can be told: what a kill may cost is about this much work per worker
+STREAMED_UNIT_SECONDS = 300.0  # and where every unit reads the weights from the disk: few of them, with many rows
 STEPS = 16  # so many new tokens, one after another, make it once longer: steps with few rows in them waste their time
 LEAST_UNIT_SECONDS = 0.1  # less is not worth a file
 WRITE_SECONDS = 0.01  # that a file takes the driver at least, which writes those of all workers one after another
@@ -19,8 +20,10 @@ MOST_UNITS = 8  # that a worker would need for a whole scoring
 FIXED_SHARE = 6  # a unit takes at least so many times as long as one without rows would
 RACE_SHARE = 12  # and what is left of a race: its units cost some of those, and have saved a third at most
 FIRST_ROWS = 4  # of a unit before anything is known of the speed
+FIRST_STREAMED_ROWS = 16
 FIRST_REPLIES = 32  # candidates times rows, where many tokens are decoded
 LEAST_SLOPE = 0.5  # of the mean time per layer application: no more than half of a usual unit's time is fixed
+LEAST_STREAMED_SLOPE = 0.1
 LEAST_REST = 0.5  # of a unit's rows: fewer that would be left over are taken as well
 QUEUED_SECONDS = 0.5  # a unit that takes longer does not wait behind another one,
 SCARCE_UNITS = 3  # once less than so many of its kind are left for each worker: all are to finish together
@@ -121,10 +124,13 @@ class Pace:
     a line through the latest units, by least squares.
     """
 
-    def __init__(self, num_layers: int, max_new_tokens: int = 1) -> None:
+    def __init__(self, num_layers: int, max_new_tokens: int = 1, *, is_streamed: bool = False) -> None:
         self.num_layers = num_layers
         self._decodes = max_new_tokens > 1
-        self._most_seconds = UNIT_SECONDS * (1 + (max_new_tokens - 1) / STEPS)
+        self._is_streamed = is_streamed
+        unit_seconds = STREAMED_UNIT_SECONDS if is_streamed else UNIT_SECONDS
+        self._most_seconds = unit_seconds * (1 + (max_new_tokens - 1) / STEPS)
+        self._least_slope = LEAST_STREAMED_SLOPE if is_streamed else LEAST_SLOPE
         self._write_seconds = WRITE_SECONDS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, y, x x and x y; x applications, y seconds; older ones fade
 
@@ -135,9 +141,9 @@ class Pace:
         if not x:
             return None
         mean, spread = y / x, count * xx - x * x
-        unknown = LEAST_SLOPE * mean if self._decodes else mean  # of units of one size
+        unknown = self._least_slope * mean if self._decodes else mean  # of units of one size
         slope = (count * xy - x * y) / spread if spread > 1e-3 * x * x else unknown
-        slope = min(max(slope, LEAST_SLOPE * mean), mean)  # units at the start are slow for reasons of their own
+        slope = min(max(slope, self._least_slope * mean), mean)  # units at the start are slow for reasons of their own
         return (y - slope * x) / count, slope
 
     def shape(self, removed: Collection[int], candidates: Sequence[int | None], left: Left) -> UnitShape:
@@ -147,12 +153,15 @@ class Pace:
             if self._decodes:
                 most = max(1, FIRST_REPLIES // len(candidates))
                 return UnitShape(min(most, math.ceil(left.rows / workers)), min(len(candidates), FIRST_REPLIES))
-            return UnitShape(max(1, min(FIRST_ROWS, math.ceil(left.rows / (2 * workers)))), len(candidates))
+            first = FIRST_STREAMED_ROWS if self._is_streamed else FIRST_ROWS
+            return UnitShape(max(1, min(first, math.ceil(left.rows / (2 * workers)))), len(candidates))
         fixed, application = self.speed
         row = application * row_applications(self.num_layers, removed, candidates)
         whole = application * row_applications(self.num_layers, removed, left.all_candidates)
         units = RACE_UNITS if left.racing else LEFT_UNITS if workers > 1 else 1
         wanted = max(row * left.rows / units, whole * left.all_rows / MOST_UNITS) / workers
+        if self._is_streamed:
+            wanted += fixed  # no row is left over for a pass of its own
         least = max(LEAST_UNIT_SECONDS, self._write_seconds * workers)
         seconds = max(min(wanted, self._most_seconds), least, FIXED_SHARE * fixed)
         share = math.ceil(left.rows / workers)  # of a worker
