@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from simulation import MODEL, Table, examples
 
-from tale_ray.cluster.actor import WorkerActor
+from tale_ray.cluster.actor import Scored, WorkerActor
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import ModelError
-from tale_ray.records import ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import ModelInfo, PromptRow, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import UnitShape
@@ -58,6 +58,7 @@ def paper_worker(**deaths: Any) -> type:
     folder = deaths.pop("folder", None)
     bad = deaths.pop("bad", None)  # how worker-1 is on a bad node
     seconds = deaths.pop("seconds", 0)  # that a unit takes
+    halvings = deaths.pop("halvings", 0)  # of its batch budget, that a unit needs
 
     class Paper(WorkerActor):
         def _maybe_die(self, method: str) -> None:
@@ -71,6 +72,8 @@ def paper_worker(**deaths: Any) -> type:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def load(self, section: ModelSection, dtype: str, halvings: int) -> ModelInfo:
+            with (Path(str(folder)) / "loads").open("a") as loads:
+                print(halvings, file=loads)
             self._maybe_die("load")
             if bad and self._name != "worker-0":
                 time.sleep(1)  # the good one is first
@@ -86,11 +89,12 @@ def paper_worker(**deaths: Any) -> type:
         def share(self, questions: Questions) -> None:
             self._maybe_die("share")
 
-        def score(self, unit: WorkUnit) -> UnitResult:
+        def score(self, unit: WorkUnit) -> Scored:
             time.sleep(seconds)
             if 0 in unit.rows:
                 self._maybe_die("score")
-            return TABLE.score(unit, self._name if seconds else os.environ["CUDA_VISIBLE_DEVICES"])
+            result = TABLE.score(unit, self._name if seconds else os.environ["CUDA_VISIBLE_DEVICES"])
+            return Scored(result, halvings)
 
     return Paper
 

@@ -245,6 +245,12 @@ def test_a_worker_out_of_gpu_memory_takes_smaller_batches(
     worker.score(unit(2))
     assert budgets[-1] == 8 * 2**20  # learned
     assert len(budgets) == 7
+    assert worker.halvings == 5
+    resources = ResourceSection(batch_bytes=256 * 2**20)
+    later = Worker("two", ModelSection(model=str(folder)), "float32", resources, worker.halvings)
+    later.share(QUESTIONS)
+    later.score(unit(3))
+    assert budgets[7:] == [8 * 2**20]
     room = 0
     with pytest.raises(ConfigError, match="the longest row"):
         worker.score(unit(3))

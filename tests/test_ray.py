@@ -205,10 +205,22 @@ def visible_gpus(ray: Any, count: int) -> list[str]:
     return [found[worker] for worker in sorted(found)]
 
 
-def test_workers_see_gpus_of_their_own(executor: Callable[..., Any], paper: Any) -> None:
+def test_workers_see_gpus_of_their_own_and_who_finds_none_waits(
+    executor: Callable[..., Any], paper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paper()
-    seen = visible_gpus(executor(workers=2, gpus_per_worker=2), 2)
+    monkeypatch.setattr("tale_ray.cluster.ray_executor.MAX_STARTS_IN_VAIN", 1)
+    ray = executor(workers=3, gpus_per_worker=2)
+    seen = visible_gpus(ray, 2)
+    assert [len(gpus.split(",")) for gpus in seen] == [2, 2]
     assert sorted(gpu for gpus in seen for gpu in gpus.split(",")) == ["0", "1", "2", "3"]
+    assert [slot.placed for slot in ray._slots].count(False) == 1
+    gone = next(slot for slot in ray._slots if slot.placed)
+    os.kill(gone.place.pid, signal.SIGKILL)  # and given up
+    events: list[Any] = []
+    wait_for(lambda: events.extend(ray.poll(1.0)) or any(isinstance(each, WorkerJoined) for each in events))
+    (waited,) = (each.worker for each in events if isinstance(each, WorkerJoined))
+    assert waited != gone.name
 
 
 def test_workers_that_ask_for_no_gpu_see_none(executor: Callable[..., Any], paper: Any) -> None:

@@ -12,6 +12,10 @@ import torch
 import transformers as tf
 from families import tiny_tokenizer
 
+from tale_ray.config import ModelSection
+from tale_ray.model.load import load_model
+from tale_ray.model.placement import Placement
+
 MEBI = 2**20
 BATCH_BYTES = 16 * MEBI
 PROCESS = f"""
@@ -36,9 +40,9 @@ sys.stdin.readline()
 """
 
 
-def save_model(folder: Path, dtype: torch.dtype) -> int:
+def save_model(folder: Path, dtype: torch.dtype, seed: int = 0) -> int:
     """Save a random Llama; return the bytes of its weights in float32."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = tf.LlamaConfig(vocab_size=97, num_hidden_layers=12, max_position_embeddings=128, eos_token_id=2, **sizes)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -117,3 +121,19 @@ def test_weights_in_other_numbers_are_converted_once(tmp_path: Path, start: Any)
         assert said(worker)
     assert sum(map(pss, later)) - before <= 1.25 * weights + 2 * BATCH_BYTES
     assert (copy / "model.safetensors").stat().st_mtime_ns == made_at
+
+
+def test_each_hub_model_has_a_copy_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TALE_RAY_CACHE", str(tmp_path / "cache"))
+    loaded = []
+    for number, name in enumerate(("one", "two")):
+        commit = f"{number:040x}"
+        cached = tmp_path / "hub" / f"models--me--{name}"
+        save_model(cached / "snapshots" / commit, torch.bfloat16, seed=number)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+        loaded.append(load_model(ModelSection(model=f"me/{name}"), "float32", Placement(shares_weights=True)))
+        assert (tmp_path / "cache" / "float32" / f"{commit}-safetensors").is_dir()
+    first, second = (each.model.get_input_embeddings().weight for each in loaded)
+    assert not torch.equal(first, second)

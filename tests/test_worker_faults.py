@@ -1,7 +1,10 @@
 """Workers that always die, or die at a bad moment. They are made of paper: no model is loaded."""
 
+import os
 import re
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +63,20 @@ def test_a_bad_node_is_lost_and_the_others_go_on(
     ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
     (done,) = wait_for(lambda: ray.poll(1.0))
     assert isinstance(done, UnitDone)
+
+
+def test_a_new_worker_begins_with_the_budget_that_others_had_to_learn(
+    executor: Callable[..., Any], paper: Any, tmp_path: Path
+) -> None:
+    paper(halvings=3)
+    ray = executor(workers=1)
+    scored(ray)
+    (slot,) = ray._slots
+    os.kill(slot.place.pid, signal.SIGKILL)
+    ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (None,), (1,)))
+    seen: list[Any] = []
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or WorkerJoined("worker-0") in seen)
+    assert (tmp_path / "loads").read_text().split() == ["0", "3"]
 
 
 def test_a_worker_whose_node_is_short_of_memory_begins_with_half_of_its_budget(paper: Any) -> None:

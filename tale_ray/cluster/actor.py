@@ -2,12 +2,21 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tale_ray.cluster.nodes import Place, here
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What an actor answers to a unit; `halvings`: how often its batch budget has been halved so far."""
+
+    result: UnitResult
+    halvings: int
 
 
 class WorkerActor:
@@ -25,13 +34,11 @@ class WorkerActor:
         return here()
 
     def load(self, section: ModelSection, dtype: str, halvings: int) -> ModelInfo:
-        """Load the model; see `Worker`. `halvings`: how often its batch budget is halved, for memory ran out before."""
+        """Load the model; see `Worker`."""
         from tale_ray.cluster.worker import Worker, limit_threads
 
         limit_threads(self._resources.cpus_per_worker)
-        self._worker = Worker(self._name, section, dtype, self._resources)
-        for _ in range(halvings):
-            self._worker.halve_budget()
+        self._worker = Worker(self._name, section, dtype, self._resources, halvings)
         info: ModelInfo = self._worker.info
         return info
 
@@ -44,7 +51,6 @@ class WorkerActor:
         """Take the questions that units refer to."""
         self._worker.share(questions)
 
-    def score(self, unit: WorkUnit) -> UnitResult:
+    def score(self, unit: WorkUnit) -> Scored:
         """Return the answers of every candidate of the unit to its rows."""
-        result: UnitResult = self._worker.score(unit)
-        return result
+        return Scored(self._worker.score(unit), self._worker.halvings)

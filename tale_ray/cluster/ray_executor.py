@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from tale_ray.cluster.actor import WorkerActor
+from tale_ray.cluster.actor import Scored, WorkerActor
 from tale_ray.cluster.connection import (
     Head,
     check_feasible,
@@ -28,7 +28,7 @@ from tale_ray.cluster.connection import (
 from tale_ray.cluster.nodes import Nodes, Place, last_words
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, TaleRayError, WorkersLost
-from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import Example, ModelInfo, PromptRow, WorkUnit
 from tale_ray.search.executor import (
     Questions,
     UnitDone,
@@ -86,7 +86,7 @@ class RayExecutor:
         self._stack = contextlib.ExitStack()
         self._head: Head | None = None
         self._nodes = Nodes()
-        self._halvings = 0  # of every worker's batch budget, learned from those that ran out of memory
+        self._halvings = 0  # of the batch budget of workers that start: others have run out of memory
         self._slots: list[_Slot] = []
         self._questions: Any = None
         self._info: ModelInfo | None = None
@@ -326,8 +326,9 @@ class RayExecutor:
             return [WorkerJoined(slot.name)]
         del slot.units[ref]
         slot.starts_in_vain = 0
-        result: UnitResult = value
-        return [UnitDone(slot.name, result)]
+        scored: Scored = value
+        self._halvings = max(self._halvings, scored.halvings)
+        return [UnitDone(slot.name, scored.result)]
 
     def _loaded(self, slot: _Slot, info: ModelInfo) -> list[WorkerEvent]:
         self._info = self._info or info

@@ -26,9 +26,15 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 class Worker:
-    """One loaded model and the questions that it is asked."""
+    """One loaded model and the questions that it is asked.
 
-    def __init__(self, name: str, section: ModelSection, dtype: str, resources: ResourceSection) -> None:
+    Attributes:
+        halvings: how often its batch budget has been halved, because memory ran out, here or in others of the run.
+    """
+
+    def __init__(
+        self, name: str, section: ModelSection, dtype: str, resources: ResourceSection, halvings: int = 0
+    ) -> None:
         self._name = name
         placement = worker_placement(resources.gpus_per_worker, is_alone=resources.local)
         streamed = should_stream(section, dtype, placement, resources.stream)
@@ -37,6 +43,9 @@ class Worker:
             keep_heap()
         self._scorer = Scorer(self._loaded, resources.batch_bytes)
         self._questions: Questions | None = None
+        self.halvings = 0
+        for _ in range(halvings):
+            self._halve_budget("as others of this run were out of memory")
 
     @property
     def info(self) -> ModelInfo:
@@ -86,16 +95,12 @@ class Worker:
             except torch.cuda.OutOfMemoryError:
                 pass  # the error holds the batch in its traceback: it is over before the memory is counted
             torch.cuda.empty_cache()
-            self.halve_budget()  # below one row the budget itself is refused
+            self._halve_budget("as it is out of memory")  # below one row the budget itself is refused
 
-    def halve_budget(self) -> None:
-        """Work with half of the memory from now on, as what there was ran out."""
+    def _halve_budget(self, why: str) -> None:
         self._scorer.halve_budget()
-        logger.warning(
-            "%s is out of memory; from now on it works in %.1f MiB at most",
-            self._name,
-            self._scorer.budget.total / 2**20,
-        )
+        self.halvings += 1
+        logger.warning("%s works in %.1f MiB at most, %s", self._name, self._scorer.budget.total / 2**20, why)
 
 
 def keep_heap() -> None:

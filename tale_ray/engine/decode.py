@@ -121,9 +121,10 @@ class Decoder:
         new: dict[tuple[int, int], list[int]] = {}
         try:
             flights = [
-                self._prefilled(order, prompts, examples, prefix, max_new_tokens, prefills, new)
+                self._prefilled(
+                    order, prompts, range(start, len(prompts), num_flights), prefix, max_new_tokens, prefills, new
+                )
                 for start in range(min(num_flights, len(prompts)))
-                if (examples := range(start, len(prompts), num_flights))
             ]
             with self._loaded.layers.forwarding([self._forward(layer) for layer in range(len(self._devices))]):
                 going = [self._decode(batch, new, max_new_tokens, ending, observe) for batch in flights]

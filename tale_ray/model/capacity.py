@@ -32,7 +32,7 @@ def _left_in_group() -> int | None:
         held = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
         fields = (line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
         files = sum(int(value) for name, value in fields if name in ("inactive_file", "active_file"))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no such files: another version of control groups, or another system
         return None
     return int(limit) - held + files
 
@@ -44,7 +44,7 @@ def _left_of_data() -> int | None:
         return None
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
+    except OSError:  # not Linux: what is held is not known
         return limit
     held = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
     return limit - held

@@ -69,22 +69,17 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         config = AutoConfig.from_pretrained(place, **options, **quantised)
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
-        read = partial(
-            _read_weights,
-            section,
-            place,
-            dtype=_DTYPES[dtype],
-            **({} if placement.is_streamed else _placed(config, section, dtype, placement)),
-            **options,
-            **quantised,
-        )
+        digest = None if folder is None else digest_model(folder, section.gguf)
         if placement.is_streamed:
             model, loading = stream_model(section, config, dtype, placement)
             _check_weights(section, loading)
-        elif placement.shares_weights and _is_converted(config, section, dtype):
-            model, loading = _shared(_key(config, section, folder), read)
         else:
-            model, loading = read()
+            placed = _placed(config, section, dtype, placement)
+            read = partial(_read_weights, section, place, dtype=_DTYPES[dtype], **placed, **options, **quantised)
+            if placement.shares_weights and _is_converted(config, section, dtype):
+                model, loading = _shared(digest or _commit_name(section), read)
+            else:
+                model, loading = read()
     except ModelError:
         raise
     except Exception as error:
@@ -103,7 +98,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     info = ModelInfo(
         num_layers=layers.num_layers,
         family=str(model.config.model_type),
-        digest=digest_model(folder or _snapshot(section), section.gguf),
+        digest=digest or digest_model(_snapshot(section), section.gguf),
         dtype=str(model.dtype).removeprefix("torch."),
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
@@ -230,11 +225,9 @@ def _is_converted(config: Any, section: ModelSection, dtype: str) -> bool:
     return section.gguf is not None or getattr(config, "dtype", None) not in (None, torch.float32)
 
 
-def _key(config: Any, section: ModelSection, folder: Path | None) -> str:
-    """Return a name for the content of a model's files, before they are loaded."""
-    if folder is not None:
-        return digest_model(folder, section.gguf)
-    return f"{getattr(config, '_commit_hash', None) or 'unknown'}-{section.gguf or 'safetensors'}"
+def _commit_name(section: ModelSection) -> str:
+    """Return a name for the content of a hub model's files, which may not have been downloaded yet."""
+    return f"{_snapshot(section).name}-{section.gguf or 'safetensors'}"
 
 
 def _shared(key: str, read: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
@@ -273,7 +266,7 @@ def _device_name(model: Any) -> str:
 
 
 def _snapshot(section: ModelSection) -> Path:
-    """The folder of the hub's cache from which a hub id was just loaded."""
+    """The folder of the hub's cache from which a hub id was just loaded; it bears the name of its commit."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", section.gguf):

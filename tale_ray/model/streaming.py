@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -24,6 +24,7 @@ from tale_ray.model.checkpoint import MappedFiles, StoredTensor, map_files, stor
 from tale_ray.model.digest import check_model, model_folder
 from tale_ray.model.layers import LayerStack, find_layers
 from tale_ray.model.placement import Placement
+from tale_ray.model.stages import hollow_model
 from tale_ray.model.stream import LayerStream, Weight, make_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,8 +145,7 @@ def _dtype(config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> torc
 def _outline(section: ModelSection, config: Any, dtype: torch.dtype) -> Any:
     """The model with all its modules and no memory."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+        model = hollow_model(config, dtype, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # whatever a family's code makes of it
         raise ModelError(
             f"model {section.model} cannot be streamed, as it cannot be made without memory "
