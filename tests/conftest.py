@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from places import LocalPlace, Place, S3Place
 from s3_server import S3Server
@@ -20,6 +21,9 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  
 if "TALE_RAY_CACHE" not in os.environ:  # what workers keep is not kept for longer than the tests
     os.environ["TALE_RAY_CACHE"] = tempfile.mkdtemp(prefix="tale-ray-cache-")
     atexit.register(shutil.rmtree, os.environ["TALE_RAY_CACHE"], ignore_errors=True)
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test fails for a slow machine
+hypothesis.settings.load_profile("untimed")
 
 TESTS = str(Path(__file__).parent)
 # Actors made in tests import what tests import.

@@ -100,7 +100,7 @@ def test_the_winner_is_the_exhaustive_one_in_ten_thousand_races() -> None:
     assert left_out > 3_000  # else nothing was raced
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 10**9))
 def test_trouble_changes_no_winner(seed: int) -> None:
     rng = random.Random(seed)
@@ -108,7 +108,7 @@ def test_trouble_changes_no_winner(seed: int) -> None:
     check(race(rng, matrix, Fraction(rng.randint(0, len(matrix[0]))), trouble=0.2), matrix)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 10**9))
 def test_a_race_goes_on_from_any_results_of_an_earlier_attempt(seed: int) -> None:
     rng = random.Random(seed)
