@@ -7,6 +7,7 @@ use: its lead says so and is ended with all of them. Imports torch only inside t
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ Answer = TypeVar("Answer")
 
 LOOK_SECONDS = 0.2  # between two looks at the others while the lead computes
 ALIKE_SECONDS = 5.0  # for others to fail as one member has failed
+END_SECONDS = 10.0  # for the driver to end a gang that is broken
 _FOR_ALL = {"max_restarts": 0, "max_task_retries": 0}
 
 
@@ -170,6 +172,7 @@ class GangLead(GangMember):
             Exception: what all members have raised alike, without losing touch.
         """
         if self._broken is not None:
+            time.sleep(END_SECONDS)  # it was said, and the driver ends this process: who asked this does not listen
             raise self._broken
         others = [_Call(rank, ask(member, rank)) for rank, member in enumerate(self._others, start=1)]
         mine = self._thread.submit(own)
@@ -204,18 +207,19 @@ class GangLead(GangMember):
         is_patient = error is None or isinstance(error, TaleRayError)
         for call in others:
             call.look(self._resources.gang_timeout_seconds if is_patient else ALIKE_SECONDS)
-        own = f"; its lead failed, too: {_in_words(error)}" if error is not None else ""
+        kind = GangBroken if error is None else _kind(error)
+        own = "" if error is None else f"; its lead failed, too: {_in_words(error)}"
         for call in sorted(others, key=lambda call: not call.is_lost):
             if not call.is_done:
-                raise GangBroken(f"{self._member(call.rank)} does not answer{own}")
+                raise kind(f"{self._member(call.rank)} does not answer{own}")
             if call.is_lost or (call.error is not None and not call.failed_like(error)):
                 raise self._as_broken(call)
         if error is None:
             return
         if not all(call.failed_like(error) for call in others):
-            raise _kind(error)(f"the lead of the gang failed alone: {_in_words(error)}")
+            raise kind(f"the lead of the gang failed alone: {_in_words(error)}")
         if isinstance(error, RuntimeError):  # torch's own: out of memory, or out of touch
-            raise _kind(error)(f"all members of the gang failed: {_in_words(error)}")
+            raise kind(f"all members of the gang failed: {_in_words(error)}")
         raise error
 
     def _as_broken(self, call: "_Call") -> GangBroken:
