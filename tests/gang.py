@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from families import tiny_prompts
@@ -34,6 +35,7 @@ class Found:
     decoded: UnitResult
     likely: UnitResult
     first_width: int  # of the first layer's largest weight, as it lies here
+    listens_to: frozenset[str]  # addresses at which this process can be reached
     has_our_group: bool  # whether weights are summed over the group whose timeout is ours
     budget: int
 
@@ -93,9 +95,16 @@ def examined(model: str, num_members: int = 1, batch_bytes: int = 2**24) -> Foun
         sweep.next_logits(finals, lay_lines(PROMPTS), None),
         *results,
         first_width=max(_local(weight).numel() for weight in layers.full[0].parameters()),
+        listens_to=listening(),
         has_our_group=manager is not None and manager.get_mesh("tp").get_group() is dist.group.WORLD,
         budget=worker._scorer.budget.total,
     )
+
+
+def listening() -> frozenset[str]:
+    """Addresses at which this process can be reached by others."""
+    found = psutil.Process().net_connections("tcp")
+    return frozenset(each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN)
 
 
 def _local(weight: Any) -> torch.Tensor:

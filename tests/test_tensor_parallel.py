@@ -187,6 +187,7 @@ def check_alike(one: Found, members: list[Found], largest: float) -> float:
                     assert answer.log_likelihoods == pytest.approx(other.log_likelihoods, rel=1e-4, abs=1e-3)
     assert all(member.has_our_group for member in members)
     assert len({member.budget for member in members}) == 1
+    assert frozenset().union(*(member.listens_to for member in members)) == {"127.0.0.1"}
     difference = float((lead.logits - one.logits).abs().max())
     assert difference < largest * float(one.logits.abs().max())
     return difference

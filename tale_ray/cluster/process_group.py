@@ -1,9 +1,11 @@
 """The processes that split one model, as torch sees them. Knows nothing of Ray, units or answers."""
 
+import os
 import socket
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -51,7 +53,18 @@ def join_group(
         )
     device = torch.device("cuda", 0) if on_gpu else None
     backend = "nccl" if on_gpu else "gloo"
+    os.environ["LOCAL_RANK"] = "0"  # by which transformers chooses the GPU: a member sees its own only
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # gloo asks nobody who it is: no other machine gets there
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_members, timeout=timeout, device_id=device)
+
+
+def _loopback() -> str:
+    """Return the name of the interface that only this machine reaches."""
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == _HOST for address in addresses)
+    )
 
 
 def least_budget(budget: Budget, device: torch.device) -> Budget:
