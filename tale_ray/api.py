@@ -90,12 +90,17 @@ class Study:
         return {seed: Run(uri) for seed, uri in uris.items() if RunReader(uri).exists()}
 
 
-_RENAMED = {"wait_resources": "wait_resources_seconds", "time_limit": "time_limit_seconds"}
+_RENAMED = {
+    "wait_resources": "wait_resources_seconds",
+    "gang_timeout": "gang_timeout_seconds",
+    "time_limit": "time_limit_seconds",
+}
 _TEXTS: Mapping[str, Callable[[str], Any]] = {  # how the text of an option is read, as on the command line
     "splits": parse_splits,
     "remove": partial(parse_layers, name="remove"),
     "keep_layers": partial(parse_layers, name="keep layers"),
     "wait_resources": parse_duration,
+    "gang_timeout": parse_duration,
     "time_limit": parse_duration,
     "batch_bytes": parse_bytes,
 }

@@ -58,7 +58,24 @@ resource_options = with_options(
     click.option("--address", metavar="A", help="Ray cluster to join.  [default: $RAY_ADDRESS, else a private one]"),
     click.option("--workers", type=int, metavar="N", help="At most N workers.  [default: as many as fit]"),
     click.option("--gpus-per-worker", type=int, metavar="K", default=0, show_default=True, help="0 runs on CPU."),
-    click.option("--cpus-per-worker", type=int, metavar="K", default=1, show_default=True, help="CPU cores."),
+    click.option(
+        "--cpus-per-worker", type=int, metavar="K", default=1, show_default=True, help="CPU cores of each process."
+    ),
+    click.option(
+        "--tensor-parallel",
+        type=int,
+        metavar="K",
+        default=1,
+        show_default=True,
+        help="Split each worker's weights among K processes, on a GPU each.",
+    ),
+    click.option(
+        "--gang-timeout",
+        metavar="SECONDS",
+        default="300",
+        show_default=True,
+        help="How long these wait for one that does not answer.",
+    ),
     click.option(
         "--wait-resources",
         metavar="SECONDS",

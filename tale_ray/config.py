@@ -309,7 +309,9 @@ class ResourceSection:
     address: str | None = None  # of a running Ray cluster; None: a private one
     workers: int | None = None  # at most; None: as many as fit
     gpus_per_worker: int = 0
-    cpus_per_worker: int = 1
+    cpus_per_worker: int = 1  # of each process
+    tensor_parallel: int = 1  # processes that split the weights of one worker, each on a GPU of its own
+    gang_timeout_seconds: float = 300.0  # that such a process waits for the others, within a unit
     wait_resources_seconds: float = 60.0
     batch_bytes: int | None = None  # working memory of a worker, beside the model; None: chosen from the device
     stream: StreamMode = "auto"  # layers from their files one at a time; auto: if the weights do not fit
@@ -319,6 +321,9 @@ class ResourceSection:
         _at_least(self.workers, 1, "workers", "leave the option out for as many as fit")
         _at_least(self.gpus_per_worker, 0, "gpus per worker", "0 runs on CPU")
         _at_least(self.cpus_per_worker, 1, "cpus per worker", "every worker needs one")
+        _at_least(self.tensor_parallel, 1, "tensor parallel", "1 leaves a worker in one process")
+        _at_least(self.gang_timeout_seconds, 1, "gang timeout", "leave the option out for five minutes")
+        _at_most(self.gang_timeout_seconds, _MAX_SECONDS, "gang timeout", "seconds", "wait less")
         _at_least(self.wait_resources_seconds, 0, "wait resources", "0 does not wait")
         _at_most(self.wait_resources_seconds, _MAX_SECONDS, "wait resources", "seconds", "wait less")
         _at_least(self.batch_bytes, 1, "batch bytes", "leave the option out to choose from the device")
@@ -328,6 +333,26 @@ class ResourceSection:
             raise ConfigError(f"local and address {self.address!r} exclude each other: leave one out")
         if self.local and (self.workers or 1) > 1:
             raise ConfigError(f"local runs one worker, not {self.workers}: leave out local to run workers on Ray")
+        if self.tensor_parallel > 1:
+            self._check_gang()
+
+    def _check_gang(self) -> None:
+        """Refuse what a worker of several processes cannot be."""
+        asked = f"tensor parallel {self.tensor_parallel}"
+        if self.local:
+            raise ConfigError(f"{asked} and local exclude each other: local is one process; leave one out")
+        if self.stream == "always":
+            raise ConfigError(f"{asked} and stream always exclude each other: a gang holds its weights; leave one out")
+        if self.gpus_per_worker not in (0, self.tensor_parallel):
+            raise ConfigError(
+                f"{asked} and gpus per worker {self.gpus_per_worker} exclude each other: every process has one GPU, "
+                f"and gangs make no pipeline stages; give {self.tensor_parallel} GPUs per worker, or 0 for the CPU"
+            )
+
+    @property
+    def worker_cpus(self) -> int:
+        """CPU cores of a worker, all its processes together."""
+        return self.cpus_per_worker * self.tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,6 +379,14 @@ class SearchConfig:
     strategy: StrategySection = field(default_factory=StrategySection)
     resources: ResourceSection = field(default_factory=ResourceSection)
     storage: StorageSection = field(default_factory=StorageSection)
+
+    def __post_init__(self) -> None:
+        if self.resources.tensor_parallel > 1 and self.model.gguf is not None:
+            raise ConfigError(
+                f"tensor parallel {self.resources.tensor_parallel} and gguf {self.model.gguf!r} exclude each other: "
+                "weights that are de-quantised while they are loaded cannot be split; leave one out, or convert the "
+                "file to safetensors"
+            )
 
     @property
     def dtype(self) -> str:

@@ -14,7 +14,8 @@ from tale_ray.errors import ConfigError
 
 _FILE_KINDS: Mapping[str, tuple[Any, str]] = {  # what YAML may write otherwise than the command line
     **dict.fromkeys(
-        ("epsilon", "wait_resources", "time_limit", "batch_bytes"), (str | int | float, "a text or a number")
+        ("epsilon", "wait_resources", "gang_timeout", "time_limit", "batch_bytes"),
+        (str | int | float, "a text or a number"),
     ),
     **dict.fromkeys(("remove", "keep_layers"), (str | int | list[Any], "a list of layers")),
     "seeds": (str | int | list[Any], "a list of seeds"),

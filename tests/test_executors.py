@@ -71,16 +71,18 @@ def loaded(folder: Path) -> LoadedModel:
     return load_model(ModelSection(model=str(folder)), "float32")
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(
+    scope="module", params=["local", *(pytest.param(name, marks=pytest.mark.ray) for name in ("ray", "gang"))]
+)
 def make(request: pytest.FixtureRequest) -> MakeExecutor:
     if request.param == "local":
         return lambda folder: LocalExecutor(ModelSection(model=str(folder)), "float32", ResourceSection(local=True))
     from tale_ray.cluster.ray_executor import RayExecutor
 
     address = request.getfixturevalue("ray_address")
-    return lambda folder: RayExecutor(
-        ModelSection(model=str(folder)), "float32", ResourceSection(address=address, workers=1)
-    )
+    num_members = 2 if request.param == "gang" else 1
+    resources = ResourceSection(address=address, workers=1, tensor_parallel=num_members)
+    return lambda folder: RayExecutor(ModelSection(model=str(folder)), "float32", resources)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,8 @@ def test_closing_what_was_never_connected(make: MakeExecutor, folder: Path) -> N
 
 
 def test_what_is_said_of_the_model(info: ModelInfo, loaded: LoadedModel) -> None:
+    of_a_gang = [note for note in info.notes if "processes split the weights" in note]
+    info = replace(info, notes=tuple(note for note in info.notes if note not in of_a_gang))
     assert replace(info, load_seconds=0.0) == replace(loaded.info, load_seconds=0.0)
     assert info.load_seconds > 0
 

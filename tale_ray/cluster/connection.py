@@ -138,7 +138,7 @@ def check_feasible(resources: ResourceSection) -> None:
     Raises:
         InfeasibleError: names what is asked for, what every node has, and what is missing.
     """
-    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    wanted = {"CPU": resources.worker_cpus, "GPU": resources.gpus_per_worker}
     patience_seconds = min(JOIN_SECONDS, resources.wait_resources_seconds) if resources.address else 0.0
     deadline = time.monotonic() + patience_seconds
     while not _fits(nodes := _nodes(), wanted) and not has_autoscaler() and time.monotonic() < deadline:
@@ -185,7 +185,7 @@ def describe(resources: Mapping[str, float]) -> str:
 
 def describe_worker(resources: ResourceSection) -> str:
     """Return what one worker needs, in words."""
-    return describe({"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker})
+    return describe({"CPU": resources.worker_cpus, "GPU": resources.gpus_per_worker})
 
 
 def describe_cluster() -> str:

@@ -74,7 +74,7 @@ class Nodes:
 
 
 def _times(node: Mapping[str, float], resources: ResourceSection) -> int:
-    fits = int(node.get("CPU", 0) // resources.cpus_per_worker)
+    fits = int(node.get("CPU", 0) // resources.worker_cpus)
     if resources.gpus_per_worker:
         fits = min(fits, int(node.get("GPU", 0) // resources.gpus_per_worker))
     return fits

@@ -25,6 +25,7 @@ from tale_ray.cluster.connection import (
     describe_worker,
     has_autoscaler,
 )
+from tale_ray.cluster.gang import GangBroken, GangOutOfMemory, end_worker, start_worker
 from tale_ray.cluster.nodes import Nodes, Place, last_words
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, TaleRayError, WorkersLost
@@ -54,7 +55,8 @@ class _Slot:
     """One worker: its present actor and the calls that it has not answered."""
 
     name: str
-    actor: Any = None
+    actor: Any = None  # of a gang, its lead
+    group: Any = None  # of a gang: the places of its members
     info: ModelInfo | None = None
     placing: Any = None  # the calls that are awaited before the worker joins, in this order
     loading: Any = None
@@ -150,7 +152,7 @@ class RayExecutor:
                 self._head.check(CLOSE_SECONDS)
                 for slot in self._slots:
                     if slot.actor is not None:
-                        ray.kill(slot.actor)
+                        end_worker(slot.actor, slot.group)
         self._slots = []
         self._head = None
         self._stack.close()
@@ -168,14 +170,8 @@ class RayExecutor:
             self._start(self._slots[-1])
 
     def _start(self, slot: _Slot) -> None:
-        actor_class = ray.remote(WorkerActor).options(
-            num_cpus=self._resources.cpus_per_worker,
-            num_gpus=self._resources.gpus_per_worker,
-            name=f"tale/{self._name}/{slot.name}/{time.time_ns():x}",
-            max_restarts=0,
-            max_task_retries=0,
-        )
-        slot.actor = actor_class.remote(slot.name, self._resources)
+        full_name = f"tale/{self._name}/{slot.name}/{time.time_ns():x}"
+        slot.actor, slot.group = start_worker(WorkerActor, slot.name, full_name, self._resources)
         slot.placing = slot.actor.place.remote()
         slot.loading = slot.actor.load.remote(self._section, self._dtype, self._halvings)
 
@@ -224,7 +220,7 @@ class RayExecutor:
                 describe_cluster(),
             )
 
-    def _lose(self, slot: _Slot, cause: RayError | str) -> WorkerLost:
+    def _lose(self, slot: _Slot, cause: RayError | GangBroken | str) -> WorkerLost:
         """Replace the actor, or give the worker up if it keeps dying.
 
         Raises:
@@ -235,9 +231,9 @@ class RayExecutor:
             self._head.check()
         self._nodes.look()
         is_node_gone = slot.place is not None and self._nodes.is_going(slot.place.node)
-        reason = cause if isinstance(cause, str) else _telling_line(cause)
-        log = "" if isinstance(cause, str | RayTaskError) or is_node_gone else last_words(slot.place)
-        if isinstance(cause, OutOfMemoryError):
+        reason = _telling_line(cause) if isinstance(cause, RayError) else str(cause)
+        log = "" if isinstance(cause, str | RayTaskError | GangBroken) or is_node_gone else last_words(slot.place)
+        if isinstance(cause, OutOfMemoryError | GangOutOfMemory):
             self._halvings += 1
         slot.starts_in_vain += not is_node_gone
         self._end(slot)
@@ -251,9 +247,9 @@ class RayExecutor:
         return WorkerLost(slot.name, log + reason, is_suspect=not is_node_gone)
 
     def _end(self, slot: _Slot) -> None:
-        ray.kill(slot.actor)
+        end_worker(slot.actor, slot.group)
         slot.units.clear()
-        slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = slot.place = None
+        slot.placing = slot.loading = slot.sharing = slot.info = slot.actor = slot.group = slot.place = None
         slot.is_joined = slot.is_leaving = False
 
     def _follow_nodes(self) -> Iterator[WorkerEvent]:
@@ -346,6 +342,8 @@ class RayExecutor:
 
     def _failed(self, slot: _Slot, ref: Any, error: RayTaskError) -> list[WorkerEvent]:
         """Tell of an error that the worker's process survived."""
+        if isinstance(error.cause, GangBroken):
+            return [self._lose(slot, error.cause)]
         refusal = _refusal(error)
         if ref in slot.units:
             return [UnitFailed(slot.name, slot.units.pop(ref), str(error), refusal)]

@@ -1,6 +1,7 @@
 """What a worker does, wherever it runs: load a model once, encode prompts, score units.
 
-The only module of this room that imports torch; it is imported inside workers, and in process for `--local`.
+Only this module and `process_group` import torch in this room; they are imported inside workers, and in process for
+`--local`.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from tale_ray.cluster.process_group import least_budget
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
@@ -36,12 +38,17 @@ class Worker:
         self, name: str, section: ModelSection, dtype: str, resources: ResourceSection, halvings: int = 0
     ) -> None:
         self._name = name
-        placement = worker_placement(resources.gpus_per_worker, is_alone=resources.local)
-        streamed = should_stream(section, dtype, placement, resources.stream)
+        self._is_member = resources.tensor_parallel > 1
+        placement = worker_placement(
+            resources.gpus_per_worker, is_alone=resources.local, num_members=resources.tensor_parallel
+        )
+        streamed = not self._is_member and should_stream(section, dtype, placement, resources.stream)
         self._loaded: LoadedModel = load_model(section, dtype, replace(placement, is_streamed=streamed))
         if not resources.gpus_per_worker:
             keep_heap()
         self._scorer = Scorer(self._loaded, resources.batch_bytes)
+        if self._is_member:
+            self._scorer.budget = least_budget(self._scorer.budget, self._loaded.model.device)
         self._questions: Questions | None = None
         self.halvings = 0
         for _ in range(halvings):
@@ -81,6 +88,7 @@ class Worker:
 
         Raises:
             ConfigError: not even one row fits.
+            torch.cuda.OutOfMemoryError: memory ran out, of a member of a gang: the others do not know.
         """
         assert self._questions is not None, "questions are shared before units are submitted"
         while True:
@@ -93,6 +101,8 @@ class Worker:
                     self._name,
                 )
             except torch.cuda.OutOfMemoryError:
+                if self._is_member:
+                    raise
                 pass  # the error holds the batch in its traceback: it is over before the memory is counted
             torch.cuda.empty_cache()
             self._halve_budget("as it is out of memory")  # below one row the budget itself is refused

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from tale_ray.config import ModelSection
@@ -22,6 +23,7 @@ from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.placement import ON_CPU, Placement
 from tale_ray.model.stages import device_map, hollow_model
 from tale_ray.model.streaming import stream_model
+from tale_ray.model.tensor_parallel import held_whole, split_plan
 from tale_ray.records import ModelInfo
 
 logger = logging.getLogger("tale_ray.model")
@@ -51,7 +53,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         placement: where its weights are to lie.
 
     Raises:
-        ModelError: the model cannot be found, loaded, or searched.
+        ModelError: the model cannot be found, loaded, or searched; or not be split among the members of a gang.
     """
     started = time.monotonic()
     check_model(section)
@@ -70,11 +72,12 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         check_config(config)
         tokenizer = _load_tokenizer(place, folder, options, quantised)
         digest = None if folder is None else digest_model(folder, section.gguf)
+        split = _split(config, section, placement) if placement.num_members > 1 else None
         if placement.is_streamed:
             model, loading = stream_model(section, config, dtype, placement)
             _check_weights(section, loading)
         else:
-            placed = _placed(config, section, dtype, placement)
+            placed = {"distributed_config": split.config} if split else _placed(config, section, dtype, placement)
             read = partial(_read_weights, section, place, dtype=_DTYPES[dtype], **placed, **options, **quantised)
             if placement.shares_weights and _is_converted(config, section, dtype):
                 model, loading = _shared(digest or _commit_name(section), read)
@@ -103,7 +106,11 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
         max_positions=max_positions(model),
-        notes=(*_notes(model, loading), *([_STREAMED] if placement.is_streamed else [])),
+        notes=(
+            *_notes(model, loading),
+            *([_STREAMED] if placement.is_streamed else []),
+            *([] if split is None else [split.note]),
+        ),
         num_embeddings=num_embeddings,
         is_streamed=placement.is_streamed,
     )
@@ -203,6 +210,38 @@ def _placed(config: Any, section: ModelSection, dtype: str, placement: Placement
         config, stored if dtype == "checkpoint" else _DTYPES[dtype], trust_remote_code=section.trust_remote_code
     )
     return {"device_map": device_map(hollow, devices)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """How a gang splits a model: for transformers, and in words."""
+
+    config: DistributedConfig
+    note: str
+
+
+def _split(config: Any, section: ModelSection, placement: Placement) -> _Split:
+    """Return how the weights are split, told from the configuration.
+
+    Raises:
+        ModelError: they cannot be.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model {section.model} is quantised, and a gang splits plain weights only: leave out --tensor-parallel, "
+            "or choose a checkpoint that is not quantised"
+        )
+    num_members = placement.num_members
+    hollow = hollow_model(config, torch.float32, trust_remote_code=section.trust_remote_code)
+    fields = hollow.config.get_text_config(decoder=True).to_dict()
+    plan = split_plan(hollow.tp_plan or {}, fields, num_members)
+    whole = held_whole(plan, fields)
+    note = f"{num_members} processes split the weights of a worker" + (
+        f", but for {' and '.join(whole)}: {num_members} does not divide these, and each holds all of it"
+        if whole
+        else ""
+    )
+    return _Split(DistributedConfig(tp_size=num_members, tp_plan=plan), note)
 
 
 def _read_weights(section: ModelSection, place: str, **options: Any) -> tuple[Any, dict[str, Any]]:
