@@ -19,8 +19,9 @@ from tale_ray.errors import ModelError
 from tale_ray.model.converted import ConvertedCheckpoint, cache_folder
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
+from tale_ray.model.outline import configured_dtype, hollow_model
 from tale_ray.model.placement import ON_CPU, Placement
-from tale_ray.model.stages import device_map, hollow_model
+from tale_ray.model.stages import device_map, weight_room
 from tale_ray.model.streaming import stream_model
 from tale_ray.records import ModelInfo
 
@@ -198,16 +199,14 @@ def _placed(config: Any, section: ModelSection, dtype: str, placement: Placement
     devices = placement.devices
     if not placement.num_gpus:
         return {"device_map": None}  # files are mapped into memory, which all workers of a node share
-    if len(devices) == 1:
-        return {"device_map": {"": devices[0]}}
     if getattr(config, "quantization_config", None) is not None:  # only its own code knows how large its weights are
-        memory = {gpu: torch.cuda.mem_get_info(gpu)[0] * 9 // 10 for gpu in range(placement.num_gpus)}
+        if len(devices) == 1:
+            return {"device_map": {"": devices[0]}}
+        memory = {gpu: weight_room(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(placement.num_gpus)}
         return {"device_map": "auto", "max_memory": memory}  # what is not named is not used
-    stored = getattr(config, "dtype", None) or torch.float32
-    hollow = hollow_model(
-        config, stored if dtype == "checkpoint" else _DTYPES[dtype], trust_remote_code=section.trust_remote_code
-    )
-    return {"device_map": device_map(hollow, devices)}
+    computed = configured_dtype(config, dtype) or torch.float32
+    places = device_map(hollow_model(config, computed, trust_remote_code=section.trust_remote_code), devices)
+    return {"device_map": places if len(devices) > 1 else {"": devices[0]}}
 
 
 def _read_weights(section: ModelSection, place: str, **options: Any) -> tuple[Any, dict[str, Any]]:

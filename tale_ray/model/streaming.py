@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -23,7 +23,9 @@ from tale_ray.model.capacity import free_gpu_bytes, free_memory_bytes
 from tale_ray.model.checkpoint import MappedFiles, StoredTensor, map_files, stored_tensors
 from tale_ray.model.digest import check_model, model_folder
 from tale_ray.model.layers import LayerStack, find_layers
+from tale_ray.model.outline import configured_dtype, hollow_model
 from tale_ray.model.placement import Placement
+from tale_ray.model.stages import weight_room
 from tale_ray.model.stream import LayerStream, Weight, make_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,9 +51,13 @@ def should_stream(section: ModelSection, dtype: str, placement: Placement, mode:
         tensors = stored_tensors(folder)
     except ModelError:
         return False  # loading says what is wrong with it
-    return weight_bytes(tensors, dtype) > (
-        free_gpu_bytes(placement.num_gpus) * 9 // 10 if placement.num_gpus else free_memory_bytes()
-    )
+    free = free_gpu_bytes(placement.num_gpus) if placement.num_gpus else free_memory_bytes()
+    return is_too_large(weight_bytes(tensors, dtype), free, placement.num_gpus)
+
+
+def is_too_large(needed_bytes: int, free_bytes: int, num_gpus: int) -> bool:
+    """Return whether weights are streamed unasked: `free_bytes` are those of all GPUs together, or of RAM without."""
+    return needed_bytes > (weight_room(free_bytes) if num_gpus else free_bytes)
 
 
 def weight_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
@@ -132,11 +138,8 @@ def _check_format(section: ModelSection, config: Any) -> None:
 
 def _dtype(config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype asked for; of a checkpoint, the one its configuration names, else the first one that is stored."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
+    if (configured := configured_dtype(config, dtype)) is not None:
+        return configured
     stored = (tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
     return next(stored, torch.float32)
 
@@ -144,8 +147,7 @@ def _dtype(config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> torc
 def _outline(section: ModelSection, config: Any, dtype: torch.dtype) -> Any:
     """The model with all its modules and no memory."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+        model = hollow_model(config, dtype, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # whatever a family's code makes of it
         raise ModelError(
             f"model {section.model} cannot be streamed, as it cannot be made without memory "
