@@ -1,6 +1,6 @@
 """The memory that a sweep's micro-batches may take, and what fits into it. Knows nothing of candidates or answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tale_ray.engine.budget import Budget, RowCost
 from tale_ray.engine.layout import Layout
@@ -16,6 +16,10 @@ class Room:
     prefix_tokens: int
     nodes: int
     total: int
+
+    def without(self, held_bytes: int) -> "Room":
+        """Return what is left while so much is held."""
+        return replace(self, total=self.total - held_bytes)
 
     def line_bytes(self, num_tokens: int) -> int:
         """Return the share of a line in `total`: its bytes, or as much as its work takes of the bytes for work.
