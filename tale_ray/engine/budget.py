@@ -50,7 +50,7 @@ class RowCost:
 
         The states below the layer, those above it, and a copy where they do not lie together.
         """
-        states = 3 * nodes * num_tokens * self.hidden_size * self.value_bytes
+        states = 3 * nodes * num_tokens * self.state_bytes
         return states + self.work_bytes(num_tokens, prefix_tokens) + self.logit_bytes
 
     def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
@@ -66,6 +66,11 @@ class RowCost:
         seen = before + num_tokens + new_tokens
         cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
         return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * self.value_bytes
 
     @property
     def pack_tokens(self) -> int:

@@ -13,6 +13,7 @@ from tale_ray.tasks.harness import judge_choices
 from tale_ray.tasks.spec import AnswerSpec
 
 Key: TypeAlias = int | tuple[int, int]  # a row, or one of its choices
+PromptKeys: TypeAlias = tuple[tuple[int, ...], list[Key]]  # the tokens of a prefix, and who shares it
 
 
 def row_keys(rows: Sequence[PromptRow], chosen: Iterable[int]) -> list[Key]:
@@ -47,7 +48,7 @@ def key_tokens(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
     return (*choice.context_ids, *choice.continuation_ids[:-1])
 
 
-def prompt_groups(rows: Sequence[PromptRow], *, shares_prefix: bool = True) -> list[tuple[tuple[int, ...], list[Key]]]:
+def prompt_groups(rows: Sequence[PromptRow], *, shares_prefix: bool = True) -> list[PromptKeys]:
     """Return prefixes that rows share, and who shares them; one group that shares nothing if prefixes may not be."""
     asked = list(key_contexts(rows, range(len(rows))))
     everyone = range(len(asked))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
-from tale_ray.engine.choices import Key, choose, key_choice, key_tokens, prompt_groups, row_keys
+from tale_ray.engine.choices import Key, PromptKeys, choose, key_choice, key_tokens, prompt_groups, row_keys
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.demand import Demand
 from tale_ray.engine.devices import layer_devices
@@ -82,7 +82,7 @@ class Scorer:
         self._memory = StateMemory()
         self._answers: dict[tuple[AnswerSpec, tuple[int, ...], str], RowAnswer] = {}
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
-        self._groups: tuple[Sequence[PromptRow], list[tuple[tuple[int, ...], list[Key]]]] = ((), [])
+        self._groups: tuple[Sequence[PromptRow], list[PromptKeys]] = ((), [])
 
     def check_budget(self, rows: Sequence[PromptRow]) -> None:
         """Refuse a budget too small for any of the rows.
@@ -246,7 +246,7 @@ class Scorer:
             each.seconds = seconds / len(scored)
         return scored, _applications(sweep, decoder) - before
 
-    def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[tuple[tuple[int, ...], list[Key]]]:
+    def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[PromptKeys]:
         """Return prefixes that a split's rows share, and who shares them."""
         if self._groups[0] is not rows:
             self._groups = (rows, prompt_groups(rows, shares_prefix=self.fit.prefix))

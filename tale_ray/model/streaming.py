@@ -70,6 +70,21 @@ def weight_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
     )
 
 
+def check_streamable(section: ModelSection, model: Any) -> None:
+    """Refuse a model, made without memory, that a checkpoint as its family stores them cannot be streamed for.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    _check_format(section, model.config)
+    _check_dtype(section, model)
+    if any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model)):
+        raise ModelError(
+            f"model {section.model} cannot be streamed: checkpoints of the family {model.config.model_type} store "
+            f"experts one by one, and it computes with all together; {_REMEDY}"
+        )
+
+
 def stream_model(
     section: ModelSection, config: Any, dtype: str, placement: Placement
 ) -> tuple[Any, dict[str, set[str]]]:
@@ -153,12 +168,16 @@ def _outline(section: ModelSection, config: Any, dtype: torch.dtype) -> Any:
             f"model {section.model} cannot be streamed, as it cannot be made without memory "
             f"({type(error).__name__}: {error}): {_REMEDY}"
         ) from error
-    if dtype != torch.float32 and (kept := _kept_in_float32(model)):
-        raise ModelError(
-            f"model {section.model} cannot be streamed in {str(dtype).removeprefix('torch.')}: its family keeps some "
-            f"weights ({kept}) in float32; use --dtype float32, or {_REMEDY}"
-        )
+    _check_dtype(section, model)
     return model.eval().requires_grad_(False)
+
+
+def _check_dtype(section: ModelSection, model: Any) -> None:
+    if model.dtype != torch.float32 and (kept := _kept_in_float32(model)):
+        raise ModelError(
+            f"model {section.model} cannot be streamed in {str(model.dtype).removeprefix('torch.')}: its family keeps "
+            f"some weights ({kept}) in float32; use --dtype float32, or {_REMEDY}"
+        )
 
 
 def _kept_in_float32(model: Any) -> str:
