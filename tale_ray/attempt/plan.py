@@ -9,7 +9,7 @@ from typing import Any
 
 from tale_ray.attempt.gpus import Gpu
 from tale_ray.attempt.plan_effort import Effort, Estimator
-from tale_ray.attempt.plan_place import Subject, cannot_stream, make_subject, place
+from tale_ray.attempt.plan_place import MOST_GPUS, Placed, Subject, cannot_stream, make_subject, place
 from tale_ray.config import SearchConfig
 from tale_ray.engine.passes import Pass
 from tale_ray.model.outline import Outline
@@ -57,6 +57,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """More GPUs per worker than the fewest, which may be cheaper: there is more room to work in."""
+
+    gpus_per_worker: int
+    first_round_seconds: float
+    first_round_gpu_hours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a search will take."""
 
@@ -86,7 +95,14 @@ class Plan:
     first_round: Effort
     rounds: int  # at most
     search: Effort  # the baseline and so many rounds
+    alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
+
+    @property
+    def first_round_gpu_hours(self) -> float | None:
+        """Of all GPUs together; None: the speed is not known."""
+        seconds = self.first_round.seconds
+        return None if seconds is None else seconds * self.workers * self.gpus_per_worker / 3600
 
     @property
     def peak_bytes(self) -> int:
@@ -101,7 +117,12 @@ class Plan:
             "layer_bytes": list(self.weights.layer_bytes),
             "last_bytes": self.weights.last_bytes,
         }
-        return {**asdict(self), "weights": weights, "peak_bytes": self.peak_bytes}
+        return {
+            **asdict(self),
+            "weights": weights,
+            "peak_bytes": self.peak_bytes,
+            "first_round_gpu_hours": self.first_round_gpu_hours,
+        }
 
 
 def make_plan(
@@ -165,8 +186,23 @@ def make_plan(
         first_round=first.effort,
         rounds=rounds,
         search=estimator.search(baseline.effort, first.effort, rounds),
+        alternatives=_alternatives(subject, placed, device),
         notes=subject.rows.notes,
     )
+
+
+def _alternatives(subject: Subject, placed: Placed, device: Device) -> tuple[Alternative, ...]:
+    """Return what the first round takes with one GPU more, and with twice as many, where the fewest were looked for."""
+    if device.gpus_per_worker is not None or device.gpu is None or placed.is_streamed or not subject.candidates:
+        return ()
+    found = []
+    for gpus in sorted({placed.gpus_per_worker + 1, 2 * placed.gpus_per_worker}):
+        if gpus <= min(MOST_GPUS, subject.num_layers):
+            other = Estimator(subject, place(subject, gpus, device.free_bytes), device.gpu)
+            seconds = other.scoring(subject.candidates).effort.seconds or 0.0
+            hours = seconds * (subject.config.resources.workers or 1) * gpus / 3600
+            found.append(Alternative(gpus_per_worker=gpus, first_round_seconds=seconds, first_round_gpu_hours=hours))
+    return tuple(found)
 
 
 def _micro_batch(passes: Sequence[Pass]) -> MicroBatch:

@@ -1,11 +1,9 @@
-"""A plan as a table for a person, and as a row among others. Takes the plan alone, so it shows nothing JSON lacks."""
+"""A plan as a table for a person. Takes the plan alone, so that it can show nothing that JSON does not have."""
 
 from tale_ray.attempt.gpus import BYTES_SHARE, CALL_SECONDS, FLOPS_SHARE, FREE_SHARE, GPUS
 from tale_ray.attempt.plan import Plan
 from tale_ray.attempt.plan_effort import Effort
 from tale_ray.results.tables import count_text
-
-COLUMNS = ("GPUs per worker", "layers by GPU", "weights by GPU", "peak", "micro-batch", "first round", "search")
 
 
 def plan_text(plan: Plan) -> str:
@@ -16,17 +14,17 @@ def plan_text(plan: Plan) -> str:
         f"rows       {plan.rows} to search on, {_count(plan.tokens)} tokens, the longest row {plan.longest_row}, "
         f"{count_text(plan.max_new_tokens, 'new token')} at most",
         f"           tokens are {plan.tokens_counted}",
-        f"weights    {_bytes(weights.total_bytes)}: embedding {_bytes(weights.first_bytes)}, layers "
-        f"{_layers(weights.layer_bytes)}, norm and head {_bytes(weights.last_bytes)}",
+        f"weights    {bytes_text(weights.total_bytes)}: embedding {bytes_text(weights.first_bytes)}, layers "
+        f"{_layers(weights.layer_bytes)}, norm and head {bytes_text(weights.last_bytes)}",
         f"worker     {_worker(plan)}",
         *(
             f"  {f'GPU {at}' if plan.gpus_per_worker else 'RAM  '}    layers {stage.layers[0]} to {stage.layers[1]}: "
-            f"{_bytes(stage.weight_bytes)} of weights, {_bytes(stage.peak_bytes)} at the peak"
+            f"{bytes_text(stage.weight_bytes)} of weights, {bytes_text(stage.peak_bytes)} at the peak"
             for at, stage in enumerate(plan.stages)
         ),
-        f"memory     {_bytes(memory.budget_bytes)} to work in at most; at the peak activations "
-        f"{_bytes(memory.activation_bytes)}, KV cache of prefixes {_bytes(memory.prefix_cache_bytes)}, of replies "
-        f"{_bytes(memory.reply_cache_bytes)}, states for later rounds {_bytes(memory.state_bytes)}",
+        f"memory     {bytes_text(memory.budget_bytes)} to work in at most; at the peak activations "
+        f"{bytes_text(memory.activation_bytes)}, KV cache of prefixes {bytes_text(memory.prefix_cache_bytes)}, "
+        f"of replies {bytes_text(memory.reply_cache_bytes)}, states for later rounds {bytes_text(memory.state_bytes)}",
         f"batches    {count_text(batch.rows, 'row')} on {count_text(batch.lines, 'line')} of {batch.tokens} tokens, "
         f"{count_text(batch.nodes_at_once, 'candidate')} at once, "
         f"{count_text(batch.count, 'micro-batch', 'micro-batches')} a unit"
@@ -37,30 +35,21 @@ def plan_text(plan: Plan) -> str:
     ]
     if plan.workers > 1:
         lines.append(f"           {plan.workers} workers share it evenly, which the end of a round never quite does")
+    lines += [
+        f"or         {other.gpus_per_worker} GPUs per worker: the first round in about "
+        f"{duration_text(other.first_round_seconds)}, {other.first_round_gpu_hours:.2g} GPU hours instead of "
+        f"{plan.first_round_gpu_hours or 0:.2g}"
+        for other in plan.alternatives
+    ]
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join([*lines, *_assumptions(plan)])
-
-
-def plan_row(plan: Plan) -> tuple[str, ...]:
-    """Return the cells of `COLUMNS`."""
-    gpus = "1, streamed" if plan.is_streamed else str(plan.gpus_per_worker)
-    batch = plan.micro_batch
-    return (
-        gpus,
-        ", ".join(f"{stage.layers[0]}-{stage.layers[1]}" for stage in plan.stages),
-        ", ".join(f"{stage.weight_bytes / 2**30:.1f}" for stage in plan.stages) + " GiB",
-        _bytes(plan.peak_bytes),
-        f"{batch.rows} rows x {batch.nodes_at_once}" + (f", {batch.replies} replies" if batch.replies else ""),
-        _duration(plan.first_round.seconds),
-        _duration(plan.search.seconds),
-    )
 
 
 def _worker(plan: Plan) -> str:
     if not plan.gpus_per_worker:
         how = "streamed: its layers stay in their files" if plan.is_streamed else "the weights fit"
-        return f"no GPU, {_bytes(plan.free_bytes)} of RAM free: {how}"
-    card = f"{plan.gpu or 'of which only the memory is known'}, {_bytes(plan.free_bytes)} free on each"
+        return f"no GPU, {bytes_text(plan.free_bytes)} of RAM free: {how}"
+    card = f"{plan.gpu or 'of which only the memory is known'}, {bytes_text(plan.free_bytes)} free on each"
     if plan.is_streamed:
         return f"1 GPU ({card}), streamed: the layers stay in their files, as the weights do not fit otherwise"
     rule = ", the fewest that hold the weights and the rows" if plan.is_recommended else ""
@@ -84,17 +73,18 @@ def _assumptions(plan: Plan) -> list[str]:
 
 def _effort(effort: Effort) -> str:
     units = "" if effort.units is None else f" in about {count_text(effort.units, 'unit')}"
-    seconds = "" if effort.seconds is None else f", about {_duration(effort.seconds)}"
+    seconds = "" if effort.seconds is None else f", about {duration_text(effort.seconds)}"
     return f"{_count(effort.layer_applications)} layer applications{units}, {_flops(effort.flops)}{seconds}"
 
 
 def _layers(sizes: tuple[int, ...]) -> str:
     least, most = min(sizes), max(sizes)
-    each = _bytes(most) if least == most else f"{_bytes(least)} to {_bytes(most)}"
-    return f"{each} each ({_bytes(sum(sizes))})"
+    each = bytes_text(most) if least == most else f"{bytes_text(least)} to {bytes_text(most)}"
+    return f"{each} each ({bytes_text(sum(sizes))})"
 
 
-def _bytes(size: float) -> str:
+def bytes_text(size: float) -> str:
+    """Return a number of bytes as a person reads it."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -118,7 +108,8 @@ def _flops(number: float) -> str:
     return f"{number:.1f} PFLOP"
 
 
-def _duration(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
+    """Return a duration as a person reads it."""
     if seconds is None:
         return "not known"
     if seconds < 100:

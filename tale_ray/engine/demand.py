@@ -5,11 +5,12 @@ A scorer asks it before it computes; so can whoever has no model.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tale_ray.engine.budget import Budget, RowCost, batches
 from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
 from tale_ray.engine.room import Room
-from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
+from tale_ray.engine.streams import Node, Step, applications, final_node, most_nodes, plan_sweep
 from tale_ray.errors import ConfigError
 
 _USABLE_PERCENT = 75  # of the budget; the rest goes to what the allocator keeps and what is copied in passing
@@ -21,7 +22,7 @@ class Block:
     """Candidates of one sweep, with its plan."""
 
     candidates: Sequence[int | None]
-    steps: list[Step]
+    steps: Sequence[Step]
     needed_bytes: int  # of one row (or the prefix) at work, with the prefix's keys and values and the row's own
 
     @property
@@ -105,7 +106,7 @@ class Demand:
         prefix_tokens: int,
         max_new_tokens: int,
     ) -> Block:
-        steps = plan_sweep(self.num_layers, [final_node(removed, layer) for layer in candidates])
+        steps = _steps(self.num_layers, tuple(final_node(removed, layer) for layer in candidates))
         nodes = most_nodes(steps)
         at_work = self.cost.sweep_bytes(longest, prefix_tokens, nodes)
         if max_new_tokens > 1:
@@ -174,3 +175,8 @@ class Demand:
         for batch in batches(lengths, room.total - room.least_bytes(max(lengths)), reply_bytes):
             longest = max(lengths[at] for at in batch)
             yield batch, room.without(len(batch) * reply_bytes(longest))
+
+
+@lru_cache(maxsize=1024)  # the same candidates are asked for by unit after unit
+def _steps(num_layers: int, finals: tuple[Node, ...]) -> tuple[Step, ...]:
+    return tuple(plan_sweep(num_layers, finals))

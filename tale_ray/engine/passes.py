@@ -5,6 +5,7 @@ off: the numbers are from above, but for what a device does beside matrix produc
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from tale_ray.engine.choices import PromptKeys, key_choice, key_tokens, row_keys
 from tale_ray.engine.demand import Block, Demand
 from tale_ray.engine.layout import Layout, lay_lines
 from tale_ray.engine.room import Room
-from tale_ray.engine.streams import Step, final_node
+from tale_ray.engine.streams import Step
 from tale_ray.engine.sweep import Portions
 from tale_ray.model.outline import token_products
 from tale_ray.records import PromptRow, WorkUnit
@@ -165,7 +166,12 @@ def _replies(
 ) -> Iterator[Pass]:
     """Yield the passes over prompts and the steps of decoding of all candidates of a block together."""
     lengths = list(map(len, suffixes))
-    num_layers = demand.num_layers
+    skipped = Counter(block.candidates)
+    running = {  # how many candidates run a layer
+        layer: count
+        for layer in sorted(set(range(demand.num_layers)) - {*removed})
+        if (count := len(block.candidates) - skipped[layer])
+    }
     for batch, left in demand.reply_batches(lengths, room, len(block.candidates), max_new_tokens):
         own = [suffixes[at] for at in batch]
         longest = max(map(len, own))
@@ -177,10 +183,6 @@ def _replies(
             portions = replace(left.portions(layout), nodes=None)  # keys and values of all nodes are kept together
             found = _sweep("prompts", sizes, block, layout, left, portions, len(some))
             yield replace(found, working_bytes=found.working_bytes + cache, cache_bytes=cache)
-        running = [
-            [layer for layer in range(num_layers) if layer not in final_node(removed, candidate)]
-            for candidate in block.candidates
-        ]
         seen = room.prefix_tokens + longest + max_new_tokens // 2  # of a reply's tokens, on average
         logits = len(batch) * len(block.candidates)
         yield Pass(
@@ -188,14 +190,14 @@ def _replies(
             rows=logits,
             lines=logits,
             tokens=1,
-            flops=len(batch) * sum(sizes.layer_flops(layer, 1, seen) for layers in running for layer in layers)
+            flops=len(batch) * sum(count * sizes.layer_flops(layer, 1, seen) for layer, count in running.items())
             + 2 * sizes.head_weights * logits,
             read_bytes=sizes.weight_bytes + cache,
-            applications=len(batch) * sum(map(len, running)),
+            applications=len(batch) * sum(running.values()),
             working_bytes=cache,
             cache_bytes=cache,
             nodes_at_once=len(block.candidates),
-            layer_calls=len({layer for layers in running for layer in layers}),
+            layer_calls=len(running),
             count=max_new_tokens - 1,
         )
 
