@@ -5,10 +5,12 @@ import os
 import random
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tale_ray.attempt.plan_place import MOST_GPUS, Subject, make_subject, place
 from tale_ray.attempt.plan_rows import plan_rows
 from tale_ray.config import ModelSection, TaskSection
 from tale_ray.errors import InfeasibleError, ModelError, UsageError
+from tale_ray.model.digest import model_folder
 from tale_ray.model.load import load_model
 from tale_ray.model.outline import num_bytes
 from tale_ray.model.placement import Placement
@@ -67,13 +70,20 @@ def subject(model: str, stream: str = "auto", rows: int = 8) -> Subject:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """There is none, though nobody said so; to reach for it is wrong, whatever becomes of it."""
+    reached = []
+
     def refuse(*arguments: Any, **named: Any) -> None:
-        raise AssertionError("a plan reached for the network")
+        reached.append(arguments)
+        raise OSError("there is no network")
 
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield
+    assert not reached
 
 
 # Bytes.
@@ -294,6 +304,8 @@ def test_rounds_become_shorter_and_faster_gpus_faster() -> None:
     assert few.search.seconds is not None
     assert many.search.seconds is not None
     assert many.search.seconds < 10 * few.search.seconds
+    of_row = [left - 1 + left * (left - 1) // 2 for left in range(32, 12, -1)]  # layers that are left in each round
+    assert many.search.layer_applications == many.baseline.layer_applications + 64 * sum(of_row)
     assert plan("llama-3.1-8b").rounds == 31
     slow, fast = (plan("llama-3.1-8b", gpu=gpu).search.seconds for gpu in ("L4", "H100-80GB"))
     assert slow is not None
@@ -346,14 +358,34 @@ def test_what_cannot_be_planned_is_refused_with_value_rule_and_remedy(more: list
 
 
 def test_a_model_that_is_not_here_is_refused(tmp_path: Path, no_network: None) -> None:
-    for model in ("nobody/nothing", str(tmp_path)):
+    for model, words in (("nobody/nothing", "is not here"), ("a b", "is not here"), (str(tmp_path), "cannot be read")):
         outcome = command("plan", "--model", model, "--task", "boolean_synthetic")
         assert outcome.code == 2
-        assert "cannot be read" in outcome.err
+        assert words in outcome.err
         assert "the path of one" in outcome.err
     fields = json.loads(path("llama-3.1-8b").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": "fp8"}}))
     assert "is quantised" in command("plan", "--model", str(tmp_path), "--task", "boolean_synthetic").err
+
+
+def test_configuration_and_tokenizer_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder, and in the hub's cache."""
+    snapshot = tmp_path / "models--somebody--something" / "snapshots" / "abc"
+    bundled = model_folder("bundled")
+    assert bundled is not None
+    shutil.copytree(bundled, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = []
+    for model in (str(snapshot), "somebody/something"):
+        outcome = command("plan", "--model", model, "--task", "boolean_synthetic", "--rows", "4", "--json")
+        assert outcome.code == 0, outcome.err
+        found.append(outcome.json)
+    for each in found:
+        each.pop("model")
+        assert "counted with the model's tokenizer" in each["tokens_counted"]
+    assert found[0] == found[1]
 
 
 def test_ram_is_planned_without_gpus() -> None:

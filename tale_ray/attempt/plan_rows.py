@@ -9,7 +9,7 @@ from typing import Any
 from tale_ray.attempt.rows import prepare_rows
 from tale_ray.config import ModelSection, TaskSection
 from tale_ray.errors import ConfigError
-from tale_ray.model.digest import has_tokenizer, model_folder
+from tale_ray.model.digest import has_tokenizer
 from tale_ray.paths import existing
 from tale_ray.records import Choice, Example, PromptRow
 from tale_ray.tasks.harness import PREFIX as HARNESS
@@ -74,14 +74,13 @@ def _of_length(task: TaskSection, tokens_per_row: int) -> PlannedRows:
 
 def _tokenizer(section: ModelSection) -> Any:
     """Return the tokenizer of a folder, or of a hub model that is in the cache; None: there is none."""
-    if existing(section.model, Path.is_file):
-        return None
-    folder = model_folder(section.model)
-    if folder is not None and not has_tokenizer(folder) and section.gguf is None:
-        return None
-    from tale_ray.model.load import cached_tokenizer  # torch is wanted in this process only now
+    from tale_ray.model.configuration import local_folder  # torch is wanted in this process only now
+    from tale_ray.model.load import folder_tokenizer
 
-    return cached_tokenizer(section, folder)
+    folder = None if existing(section.model, Path.is_file) else local_folder(section)
+    if folder is None or (section.gguf is None and not has_tokenizer(folder)):
+        return None
+    return folder_tokenizer(section, folder)
 
 
 class _Characters:

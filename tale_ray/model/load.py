@@ -133,20 +133,14 @@ def load_tokenizer(section: ModelSection) -> Any:
     return _load_tokenizer(str(folder) if folder is not None else section.model, folder, options, quantised)
 
 
-def cached_tokenizer(section: ModelSection, folder: Path | None) -> Any:
-    """Return the tokenizer of a folder or of the hub's cache; None: the cache has none. Downloads nothing.
+def folder_tokenizer(section: ModelSection, folder: Path) -> Any:
+    """Return the tokenizer in a model's folder, whatever else is missing there.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
-    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
-    if folder is not None:
-        return _load_tokenizer(str(folder), folder, options, quantised)
-    try:
-        return _load_tokenizer(section.model, None, {**options, "revision": section.revision}, quantised)
-    except ModelError:
-        return None
+    return _load_tokenizer(str(folder), folder, {"trust_remote_code": section.trust_remote_code}, quantised)
 
 
 def max_positions(model: Any) -> int | None:
