@@ -139,7 +139,8 @@ def write_task(folder: Path, num_rows: int, num_words: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "num_rows", "num_words"), [("llama", 8, 150), ("qwen3_moe", 8, 150), ("smollm2", 3, 60)]
+    ("family", "num_rows", "num_words"),
+    [("llama", 8, 150), ("qwen3_moe", 8, 150), ("smollm2", 3, 60), ("bundled", 40, 0)],
 )
 def test_weights_and_peak_memory_are_those_of_a_real_round(
     family: str, num_rows: int, num_words: int, tmp_path: Path
@@ -147,13 +148,16 @@ def test_weights_and_peak_memory_are_those_of_a_real_round(
     """See `round_peak.py` for what the peak is; without what is at work it would be missed by more."""
     if family == "smollm2" and not (SMOLLM2 / "config.json").is_file():
         pytest.skip(f"{SMOLLM2} is not there: make smollm2, or name its folder in TALE_RAY_SMOLLM2")
-    model = SMOLLM2.absolute() if family == "smollm2" else save(family, tmp_path / "model")
-    task, batch_bytes = write_task(tmp_path, num_rows, num_words), 160 * 2**20
+    if family == "bundled":
+        model, task, batch_bytes = "bundled", "boolean_synthetic", 64 * 2**20
+    else:
+        model = str(SMOLLM2.absolute() if family == "smollm2" else save(family, tmp_path / "model"))
+        task, batch_bytes = str(write_task(tmp_path, num_rows, num_words)), 160 * 2**20
     program = [sys.executable, str(Path(__file__).parent / "round_peak.py")]
-    given = [str(model), str(task), str(num_rows), str(batch_bytes)]
+    given = [model, task, str(num_rows), str(batch_bytes)]
     done = subprocess.run([*program, *given], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
-    config = make_config(model=str(model), task=str(task), rows=num_rows, splits="search=1", batch_bytes=batch_bytes)
+    config = make_config(model=model, task=task, rows=num_rows, splits="search=1", batch_bytes=batch_bytes)
     found = make_plan(config, Device(free_bytes=64 * GIB, gpus_per_worker=0))
     shown = f"planned {found.peak_bytes / 2**20:.0f} MiB, measured {measured}"
     assert found.weights.total_bytes == pytest.approx(measured["weights"], rel=0.02), shown

@@ -11,6 +11,7 @@ from tale_ray.attempt.gpus import Gpu
 from tale_ray.attempt.plan_effort import Effort, Estimator
 from tale_ray.attempt.plan_place import MOST_GPUS, Placed, Subject, cannot_stream, make_subject, place
 from tale_ray.config import SearchConfig
+from tale_ray.engine.demand import Demand
 from tale_ray.engine.passes import Pass
 from tale_ray.model.outline import Outline
 
@@ -42,6 +43,7 @@ class Memory:
     reply_cache_bytes: int  # keys and values of replies
     state_bytes: int  # hidden states that a later round goes on from
     activation_bytes: int  # streams, and a layer or the head, at work on a micro-batch
+    spare_bytes: int  # what the allocator keeps of all these, and what is copied in passing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,8 @@ def make_plan(
     largest = max((*baseline.unit_passes, *first.unit_passes), key=lambda each: each.working_bytes)
     prefix_bytes = max(each.held.prefix_bytes for each in (baseline, first))
     state_bytes = max(each.held.state_bytes for each in (baseline, first))
-    working = prefix_bytes + state_bytes + largest.working_bytes
+    spare_bytes = Demand.spare_bytes(prefix_bytes + state_bytes + largest.working_bytes)
+    working = prefix_bytes + state_bytes + largest.working_bytes + spare_bytes
     rounds = _num_rounds(subject)
     lengths = [sum(map(len, row.sequences)) for row in subject.rows.rows]
     return Plan(
@@ -180,6 +183,7 @@ def make_plan(
             reply_cache_bytes=largest.cache_bytes,
             state_bytes=state_bytes,
             activation_bytes=largest.working_bytes - largest.cache_bytes,
+            spare_bytes=spare_bytes,
         ),
         micro_batch=_micro_batch(first.unit_passes or baseline.unit_passes),
         baseline=baseline.effort,

@@ -24,7 +24,8 @@ def plan_text(plan: Plan) -> str:
         ),
         f"memory     {bytes_text(memory.budget_bytes)} to work in at most; at the peak activations "
         f"{bytes_text(memory.activation_bytes)}, KV cache of prefixes {bytes_text(memory.prefix_cache_bytes)}, "
-        f"of replies {bytes_text(memory.reply_cache_bytes)}, states for later rounds {bytes_text(memory.state_bytes)}",
+        f"of replies {bytes_text(memory.reply_cache_bytes)}, states for later rounds {bytes_text(memory.state_bytes)}, "
+        f"kept by the allocator {bytes_text(memory.spare_bytes)}",
         f"batches    {count_text(batch.rows, 'row')} on {count_text(batch.lines, 'line')} of {batch.tokens} tokens, "
         f"{count_text(batch.nodes_at_once, 'candidate')} at once, "
         f"{count_text(batch.count, 'micro-batch', 'micro-batches')} a unit"

@@ -144,6 +144,11 @@ class Demand:
         """Bytes of the budget for prefixes, states and micro-batches."""
         return self.budget.total * _USABLE_PERCENT // 100
 
+    @staticmethod
+    def spare_bytes(taken_bytes: int) -> int:
+        """Return what comes on top of so many bytes that are taken on purpose: the rest that `usable_bytes` leaves."""
+        return taken_bytes * (100 - _USABLE_PERCENT) // _USABLE_PERCENT
+
     @property
     def least_batches(self) -> int:
         """So many micro-batches at least, where there are as many rows: each device waits a third at most."""
