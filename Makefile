@@ -62,9 +62,10 @@ bench: $(CACHE)/smollm2/config.json
 	$(BIN)/python benchmarks/streaming.py --threads 2
 	$(BIN)/python benchmarks/scale.py --validate --smollm2 $(CACHE)/smollm2
 
-# The reference of all commands, from their own help.
+# The reference of all commands, from their own help; the table of plans, from the configurations in tests/data.
 docs: $(STAMP)
 	$(BIN)/python tools/write_reference.py
+	$(BIN)/python tools/write_plans.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -34,6 +34,7 @@ from tale_ray.cli_options import (
     time_limit_option,
     with_options,
 )
+from tale_ray.cli_plan import plan
 from tale_ray.config import EpsilonMode, ResumeMode, SearchConfig, parse_seeds
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
@@ -244,7 +245,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (doctor, *JOB_COMMANDS):
+for _command in (plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

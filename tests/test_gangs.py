@@ -22,6 +22,7 @@ from test_ray import decisions, visible_gpus, workers_of_this_session
 
 from tale_ray.api import Run, make_config, search
 from tale_ray.attempt.search import run_search
+from tale_ray.cluster.actor import Scored
 from tale_ray.cluster.gang import END_SECONDS, GangBroken, GangLead, GangOutOfMemory, predictions_digest
 from tale_ray.config import ResourceSection
 from tale_ray.errors import ConfigError, InfeasibleError
@@ -244,14 +245,14 @@ def result_of(*predictions: str | None) -> UnitResult:
 
 
 def test_a_member_that_predicts_otherwise(lead: GangLead, monkeypatch: pytest.MonkeyPatch) -> None:
-    lead._worker = SimpleNamespace(score=lambda unit: result_of("a", "b"))
+    lead._worker = SimpleNamespace(score=lambda unit: result_of("a", "b"), halvings=2)
 
     def member(*predictions: str | None) -> Any:
         found = predictions_digest(result_of(*predictions))
         return SimpleNamespace(predict=SimpleNamespace(remote=lambda unit: found))
 
     lead._others = [member("a", "b"), member("a", "b")]
-    assert lead.score(result_of("a", "b").unit) == result_of("a", "b")
+    assert lead.score(result_of("a", "b").unit) == Scored(result_of("a", "b"), 2)
     lead._others = [member("a", "b"), member("a", None)]
     with pytest.raises(GangBroken, match="member 2 of the gang predicts otherwise than its lead"):
         lead.score(result_of("a", "b").unit)
@@ -269,11 +270,11 @@ class PaperLead(GangLead):
     def share(self, questions: Any) -> None:
         pass
 
-    def score(self, unit: WorkUnit) -> UnitResult:
+    def score(self, unit: WorkUnit) -> Scored:
         import ray
 
         seen = [member.__ray_call__.remote(lambda _: os.environ["CUDA_VISIBLE_DEVICES"]) for member in self._others]
-        return TABLE.score(unit, "/".join([os.environ["CUDA_VISIBLE_DEVICES"], *ray.get(seen)]))
+        return Scored(TABLE.score(unit, "/".join([os.environ["CUDA_VISIBLE_DEVICES"], *ray.get(seen)])), 0)
 
 
 class PoorLead(PaperLead):
@@ -286,10 +287,10 @@ class PoorLead(PaperLead):
     def encode(self, examples: Any) -> tuple[PromptRow, ...]:
         return tuple(PromptRow((1, 2), example.target) for example in examples)
 
-    def score(self, unit: WorkUnit) -> UnitResult:
+    def score(self, unit: WorkUnit) -> Scored:
         if self._halvings < 2:
             raise GangOutOfMemory("member 1 of the gang failed: OutOfMemoryError")
-        return TABLE.score(unit, self._name)
+        return Scored(TABLE.score(unit, self._name), 0)
 
 
 @pytest.mark.ray

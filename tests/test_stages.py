@@ -24,7 +24,8 @@ from tale_ray.engine.streams import plan_sweep
 from tale_ray.engine.sweep import Portions, Sweep
 from tale_ray.errors import ModelError
 from tale_ray.model.load import LoadedModel
-from tale_ray.model.stages import check_fits, device_map, hollow_model, num_bytes
+from tale_ray.model.outline import hollow_model, num_bytes
+from tale_ray.model.stages import check_fits, device_map
 from tale_ray.records import Choice, PromptRow, UnitResult, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 

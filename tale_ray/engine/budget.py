@@ -26,6 +26,7 @@ class RowCost:
     score_heads: int  # attention heads whose T x T scores exist at once; 0 with fused attention
     vocabulary: int
     value_bytes: int  # of one number
+    query_values: int = 0  # of one token's queries in one layer: what meets each key, and each value
 
     def row_bytes(self, num_tokens: int, new_tokens: int) -> int:
         """Return the bytes of one row of `num_tokens` prompt tokens that gets `new_tokens` new ones.
@@ -49,7 +50,7 @@ class RowCost:
 
         The states below the layer, those above it, and a copy where they do not lie together.
         """
-        states = 3 * nodes * num_tokens * self.hidden_size * self.value_bytes
+        states = 3 * nodes * num_tokens * self.state_bytes
         return states + self.work_bytes(num_tokens, prefix_tokens) + self.logit_bytes
 
     def prefix_bytes(self, prefix_tokens: int, places: int) -> int:
@@ -65,6 +66,11 @@ class RowCost:
         seen = before + num_tokens + new_tokens
         cache_values = seen * self.layer_cache_values * (self.num_layers + 2)
         return rows * ((cache_values + self._per_token(seen)) * self.value_bytes + self.logit_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * self.value_bytes
 
     @property
     def pack_tokens(self) -> int:
@@ -113,6 +119,8 @@ def row_cost(model: Any) -> RowCost:
         score_heads=heads if getattr(config, "_attn_implementation", None) == "eager" else 0,
         vocabulary=config.vocab_size,
         value_bytes=model.dtype.itemsize,
+        query_values=heads
+        * ((nope_dim + size("qk_rope_head_dim") + size("v_head_dim")) // 2 if nope_dim else head_dim),
     )
 
 
@@ -134,12 +142,22 @@ def make_budget(devices: Collection[torch.device], batch_bytes: int | None, *, i
     Half of the free memory of the GPU that has least; an eighth of a CPU's free memory, in micro-batches of 32 MiB. Of
     a model that is streamed every micro-batch reads all weights: there it takes the whole budget.
     """
+    if gpus := [device for device in devices if device.type == "cuda"]:
+        return gpu_budget(min(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus), batch_bytes)
+    return cpu_budget(free_memory_bytes(), batch_bytes, is_streamed=is_streamed)
+
+
+def gpu_budget(free_bytes: int, batch_bytes: int | None) -> Budget:
+    """Return the budget asked for, or one for GPUs of which the fullest has so much left beside the weights."""
+    total = free_bytes // 2 if batch_bytes is None else batch_bytes
+    return Budget(total, total)
+
+
+def cpu_budget(free_bytes: int, batch_bytes: int | None, *, is_streamed: bool = False) -> Budget:
+    """Return the budget asked for, or one for a CPU with so much free memory."""
     if batch_bytes is not None:
         return Budget(batch_bytes, batch_bytes)
-    if gpus := [device for device in devices if device.type == "cuda"]:
-        free = min(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) // 2
-        return Budget(free, free)
-    total = max(_CPU_BATCH_BYTES, free_memory_bytes() // _CPU_SHARE)
+    total = max(_CPU_BATCH_BYTES, free_bytes // _CPU_SHARE)
     return Budget(total, total if is_streamed else _CPU_BATCH_BYTES)
 
 

@@ -7,11 +7,13 @@ without the last token, which predicts nothing that is asked. What they share is
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+from tale_ray.engine.groups import PromptGroup, group_prompts
 from tale_ray.records import Choice, PromptRow, RowAnswer
 from tale_ray.tasks.harness import judge_choices
 from tale_ray.tasks.spec import AnswerSpec
 
 Key: TypeAlias = int | tuple[int, int]  # a row, or one of its choices
+PromptKeys: TypeAlias = tuple[tuple[int, ...], list[Key]]  # the tokens of a prefix, and who shares it
 
 
 def row_keys(rows: Sequence[PromptRow], chosen: Iterable[int]) -> list[Key]:
@@ -44,6 +46,15 @@ def key_tokens(rows: Sequence[PromptRow], key: Key) -> tuple[int, ...]:
         return rows[key].token_ids
     choice = key_choice(rows, key)
     return (*choice.context_ids, *choice.continuation_ids[:-1])
+
+
+def prompt_groups(rows: Sequence[PromptRow], *, shares_prefix: bool = True) -> list[PromptKeys]:
+    """Return prefixes that rows share, and who shares them; one group that shares nothing if prefixes may not be."""
+    asked = list(key_contexts(rows, range(len(rows))))
+    everyone = range(len(asked))
+    prompts = [context for context, _ in asked]
+    groups = group_prompts(prompts, everyone) if shares_prefix else (PromptGroup((), tuple(everyone)),)
+    return [(group.prefix, [key for at in group.rows for key in asked[at][1]]) for group in groups]
 
 
 def choose(answer: AnswerSpec, row: PromptRow, log_likelihoods: Sequence[float]) -> RowAnswer:

@@ -7,26 +7,24 @@ candidates together, where the model fits them; everything else takes the plain 
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
-from tale_ray.engine.choices import Key, choose, key_choice, key_contexts, key_tokens, row_keys
+from tale_ray.engine.choices import Key, PromptKeys, choose, key_choice, key_tokens, prompt_groups, row_keys
 from tale_ray.engine.decode import Decoder
+from tale_ray.engine.demand import Demand
 from tale_ray.engine.devices import layer_devices
 from tale_ray.engine.fit import Fit, fit_decoder, fit_sweep
-from tale_ray.engine.groups import PromptGroup, group_prompts
-from tale_ray.engine.layout import Layout, lay_lines, lay_packs, pack_rows
+from tale_ray.engine.layout import lay_lines
 from tale_ray.engine.memory import StateMemory
 from tale_ray.engine.prefix import PrefixStates
-from tale_ray.engine.room import Room
-from tale_ray.engine.streams import Step, applications, final_node, most_nodes, plan_sweep
+from tale_ray.engine.streams import Step, final_node
 from tale_ray.engine.sweep import Sweep
 from tale_ray.engine.view import Ending, end_tokens, view_log_likelihoods, view_tokens
-from tale_ray.errors import ConfigError, TaskError
+from tale_ray.errors import TaskError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import CandidateAnswers, PromptRow, RowAnswer, UnitResult, WorkUnit
 from tale_ray.tasks.answers import cut_reply, is_settled, read_reply
@@ -35,8 +33,6 @@ from tale_ray.tasks.spec import AnswerSpec
 logger = logging.getLogger("tale_ray.engine")
 
 _MOST_ANSWERS = 10_000  # that are remembered as they were read
-_USABLE_PERCENT = 75  # of the budget; the rest goes to what the allocator keeps and what is copied in passing
-_MEMORY_SHARE = 4  # of the budget, for states that a later round goes on from: at most a quarter
 
 
 @dataclass(slots=True)
@@ -77,7 +73,6 @@ class Scorer:
     def __init__(self, loaded: LoadedModel, batch_bytes: int | None = None, *, sweeps: bool = True) -> None:
         self._loaded = loaded
         self._num_stages = loaded.num_stages
-        self._least_batches = 2 * self._num_stages if self._num_stages > 1 else 1  # each device waits a third at most
         self._cost: RowCost = row_cost(loaded.model)
         devices = set(layer_devices(loaded.layers))
         self.budget: Budget = make_budget(devices, batch_bytes, is_streamed=loaded.layers.is_streamed)
@@ -87,7 +82,7 @@ class Scorer:
         self._memory = StateMemory()
         self._answers: dict[tuple[AnswerSpec, tuple[int, ...], str], RowAnswer] = {}
         self._prefixes: dict[tuple[int, ...], PrefixStates] = {}
-        self._groups: tuple[Sequence[PromptRow], list[tuple[tuple[int, ...], list[Key]]]] = ((), [])
+        self._groups: tuple[Sequence[PromptRow], list[PromptKeys]] = ((), [])
 
     def check_budget(self, rows: Sequence[PromptRow]) -> None:
         """Refuse a budget too small for any of the rows.
@@ -96,7 +91,7 @@ class Scorer:
             ConfigError: it is.
         """
         for prefix, keys in self._prompt_groups(rows):
-            self._blocks((), (None,), max(len(key_tokens(rows, key)) for key in keys), len(prefix))
+            self._demand.cut((), (None,), max(len(key_tokens(rows, key)) for key in keys), len(prefix))
 
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
@@ -243,7 +238,7 @@ class Scorer:
         groups = [(prefix, found) for prefix, found in groups if found]
         for prefix, found in groups:  # whatever is refused is refused before anything runs
             longest = max(map(len, found.values()))
-            self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
+            self._demand.cut(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
         for prefix, found in groups:
             self._sweep_group(sweep, decoder, unit, rows, prefix, found, max_new_tokens, ending, scored)
         seconds = time.monotonic() - started
@@ -251,17 +246,10 @@ class Scorer:
             each.seconds = seconds / len(scored)
         return scored, _applications(sweep, decoder) - before
 
-    def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[tuple[tuple[int, ...], list[Key]]]:
+    def _prompt_groups(self, rows: Sequence[PromptRow]) -> list[PromptKeys]:
         """Return prefixes that a split's rows share, and who shares them."""
         if self._groups[0] is not rows:
-            asked = list(key_contexts(rows, range(len(rows))))
-            everyone = range(len(asked))
-            prompts = [context for context, _ in asked]
-            groups = group_prompts(prompts, everyone) if self.fit.prefix else (PromptGroup((), tuple(everyone)),)
-            self._groups = (
-                rows,
-                [(group.prefix, [key for at in group.rows for key in asked[at][1]]) for group in groups],
-            )
+            self._groups = (rows, prompt_groups(rows, shares_prefix=self.fit.prefix))
             self._prefixes.clear()
         return self._groups[1]
 
@@ -279,25 +267,22 @@ class Scorer:
     ) -> None:
         """Score all candidates on rows that share a prefix, in as few blocks of candidates as fit into memory."""
         longest = max(map(len, prompts.values()))
-        shared, blocks = self._blocks(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
-        prefix = prefix[:shared]
-        needed = [self._needed(steps, longest - shared, shared, len(block), max_new_tokens) for block, steps in blocks]
-        spare = self.budget.total - max(*needed, self.budget.batch)  # nothing where micro-batches may take it all
-        self._memory.allow(min(spare, self.budget.total // _MEMORY_SHARE))
+        demand = self._demand
+        cut = demand.cut(unit.removed, unit.candidates, longest, len(prefix), max_new_tokens)
+        prefix = prefix[: cut.shared_tokens]
+        self._memory.allow(demand.kept_bytes(cut))
         order = list(prompts)
         suffixes = [prompts[row][len(prefix) :] for row in order]
-        lengths = [len(suffix) for suffix in suffixes]
-        for (candidates, steps), bytes_needed in zip(blocks, needed, strict=True):
-            at_work = bytes_needed - self._cost.prefix_bytes(len(prefix), applications(steps))
-            free = self.budget.total - self._memory.limit - at_work  # for prefixes
+        for block in cut.blocks:
+            candidates = block.candidates
             finals = [final_node(unit.removed, layer) for layer in candidates]
-            states = self._prefix_states(sweep, unit.removed, prefix, steps, free) if prefix else None
+            free = self.budget.total - self._memory.limit - demand.at_work_bytes(cut, block)  # for prefixes
+            states = self._prefix_states(sweep, unit.removed, prefix, block.steps, free) if prefix else None
             held = sum(known.num_bytes for known in self._prefixes.values()) + self._memory.limit
-            left_bytes = max(self._usable_bytes - held, at_work)
-            room = Room(self._cost, self.budget, len(prefix), most_nodes(steps), left_bytes)
+            room = demand.room(cut, block, held)
             if decoder is None:
                 in_flight: deque[_InFlight] = deque()
-                for batch, layout in self._layouts(suffixes, room):
+                for batch, layout in demand.layouts(suffixes, room):
                     own = [order[at] for at in batch]
                     memory = self._memory.of([(unit.split, len(prefix), key) for key in own], layout)
                     portions = room.portions(layout)
@@ -313,12 +298,9 @@ class Scorer:
                 while in_flight:
                     in_flight.popleft().land(scored, candidates)
                 continue
-            reply_bytes = partial(
-                self._cost.decode_bytes, before=len(prefix), new_tokens=max_new_tokens, rows=len(candidates)
-            )
-            for batch in batches(lengths, room.total - room.least_bytes(max(lengths)), reply_bytes):
+            lengths = [len(suffix) for suffix in suffixes]
+            for batch, left in demand.reply_batches(lengths, room, len(candidates), max_new_tokens):
                 ends = [suffixes[at] for at in batch]
-                left = replace(room, total=room.total - len(batch) * reply_bytes(max(map(len, ends))))
                 fills = [
                     (some, left.portions(lay_lines([ends[at] for at in some])))
                     for some in batches([len(suffix) for suffix in ends], left.total, left.line_bytes)
@@ -328,71 +310,15 @@ class Scorer:
                 )
                 _note(scored, candidates, [order[at] for at in batch], new)
 
-    def _layouts(self, rows: Sequence[Sequence[int]], room: Room) -> Iterator[tuple[list[int], Layout]]:
-        """Yield micro-batches: positions of their rows, and how these lie in them."""
-        lengths = [len(row) for row in rows]
-        if not self.fit.trees:
-            for batch in batches(lengths, room.total, room.line_bytes, self._least_batches):
-                yield batch, lay_lines([rows[at] for at in batch])
-            return
-        most = max(max(lengths), self._cost.pack_tokens)
-        while most > max(lengths) and room.line_bytes(most) > room.total:
-            most = max(max(lengths), most // 2)
-        packs = pack_rows(rows, most)
-        for batch in batches([len(pack.tokens) for pack in packs], room.total, room.line_bytes, self._least_batches):
-            chosen = [packs[at] for at in batch]
-            yield [row for pack in chosen for row in pack.rows], lay_packs(chosen)
-
-    def _blocks(
-        self,
-        removed: Sequence[int],
-        candidates: Sequence[int | None],
-        longest: int,
-        prefix_tokens: int,
-        max_new_tokens: int = 1,
-    ) -> tuple[int, list[tuple[Sequence[int | None], list[Step]]]]:
-        """Return how much of the prefix is shared, and the fewest contiguous blocks of candidates, with their plans.
-
-        Where the prefix's keys and values do not fit even for one candidate, they are computed with each row.
-
-        Raises:
-            ConfigError: one candidate on the longest row does not fit either.
-        """
-        for shared in sorted({prefix_tokens, 0}, reverse=True):
-            size = len(candidates)
-            while size:
-                blocks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
-                planned = [(block, self._plan(removed, block)) for block in blocks]
-                needed = max(
-                    self._needed(steps, longest - shared, shared, len(block), max_new_tokens)
-                    for block, steps in planned
-                )
-                if needed <= self.budget.total:
-                    return shared, planned
-                size //= 2
-        new = f" and {max_new_tokens} new ones" if max_new_tokens > 1 else ""
-        raise ConfigError(
-            f"batch bytes {self.budget.total} are too few: the longest row ({longest} tokens{new}) needs {needed} for "
-            "one candidate; raise --batch-bytes to at least that, or leave it out"
-        )
-
-    def _plan(self, removed: Sequence[int], candidates: Sequence[int | None]) -> list[Step]:
-        return plan_sweep(self._loaded.layers.num_layers, [final_node(removed, layer) for layer in candidates])
-
-    def _needed(
-        self, steps: Sequence[Step], longest: int, prefix_tokens: int, candidates: int, max_new_tokens: int
-    ) -> int:
-        """Return the bytes of one row (or the prefix) at work, with the prefix's keys and values and the row's own."""
-        held = self._cost.prefix_bytes(prefix_tokens, applications(steps))
-        nodes = most_nodes(steps)
-        at_work = self._cost.sweep_bytes(longest, prefix_tokens, nodes)
-        if max_new_tokens > 1:
-            at_work += self._cost.decode_bytes(longest, prefix_tokens, max_new_tokens, candidates)
-        return held + max(at_work, self._cost.sweep_bytes(prefix_tokens, 0, nodes))
-
     @property
-    def _usable_bytes(self) -> int:
-        return self.budget.total * _USABLE_PERCENT // 100
+    def _demand(self) -> Demand:
+        return Demand(
+            cost=self._cost,
+            budget=self.budget,
+            num_layers=self._loaded.layers.num_layers,
+            num_stages=self._num_stages,
+            shares_lines=self.fit.trees,
+        )
 
     def _prefix_states(
         self, sweep: Sweep, removed: Sequence[int], prefix: tuple[int, ...], steps: Sequence[Step], free: int
@@ -414,7 +340,7 @@ class Scorer:
         states.use(places, removed, max(len(places), most_places))
         if missing := {place for place in places if place not in states}:
             layout = lay_lines([prefix])
-            portions = Room(self._cost, self.budget, 0, most_nodes(steps), self._usable_bytes).portions(layout)
+            portions = self._demand.prefix_room(steps).portions(layout)
             sweep.run_prefix(states, prefix, missing, self._memory.of([prefix], layout), portions)
         return states
 

@@ -20,8 +20,9 @@ from tale_ray.errors import ModelError
 from tale_ray.model.converted import ConvertedCheckpoint, cache_folder
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
+from tale_ray.model.outline import configured_dtype, hollow_model
 from tale_ray.model.placement import ON_CPU, Placement
-from tale_ray.model.stages import device_map, hollow_model
+from tale_ray.model.stages import device_map, weight_room
 from tale_ray.model.streaming import stream_model
 from tale_ray.model.tensor_parallel import held_whole, split_plan
 from tale_ray.records import ModelInfo
@@ -134,6 +135,16 @@ def load_tokenizer(section: ModelSection) -> Any:
     return _load_tokenizer(str(folder) if folder is not None else section.model, folder, options, quantised)
 
 
+def folder_tokenizer(section: ModelSection, folder: Path) -> Any:
+    """Return the tokenizer in a model's folder, whatever else is missing there.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
+    return _load_tokenizer(str(folder), folder, {"trust_remote_code": section.trust_remote_code}, quantised)
+
+
 def max_positions(model: Any) -> int | None:
     """Return how many tokens a row may have in all; None: the configuration names no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -200,16 +211,14 @@ def _placed(config: Any, section: ModelSection, dtype: str, placement: Placement
     devices = placement.devices
     if not placement.num_gpus:
         return {"device_map": None}  # files are mapped into memory, which all workers of a node share
-    if len(devices) == 1:
-        return {"device_map": {"": devices[0]}}
     if getattr(config, "quantization_config", None) is not None:  # only its own code knows how large its weights are
-        memory = {gpu: torch.cuda.mem_get_info(gpu)[0] * 9 // 10 for gpu in range(placement.num_gpus)}
+        if len(devices) == 1:
+            return {"device_map": {"": devices[0]}}
+        memory = {gpu: weight_room(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(placement.num_gpus)}
         return {"device_map": "auto", "max_memory": memory}  # what is not named is not used
-    stored = getattr(config, "dtype", None) or torch.float32
-    hollow = hollow_model(
-        config, stored if dtype == "checkpoint" else _DTYPES[dtype], trust_remote_code=section.trust_remote_code
-    )
-    return {"device_map": device_map(hollow, devices)}
+    computed = configured_dtype(config, dtype) or torch.float32
+    places = device_map(hollow_model(config, computed, trust_remote_code=section.trust_remote_code), devices)
+    return {"device_map": places if len(devices) > 1 else {"": devices[0]}}
 
 
 @dataclass(frozen=True, slots=True)

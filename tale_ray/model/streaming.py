@@ -23,8 +23,9 @@ from tale_ray.model.capacity import free_gpu_bytes, free_memory_bytes
 from tale_ray.model.checkpoint import MappedFiles, StoredTensor, map_files, stored_tensors
 from tale_ray.model.digest import check_model, model_folder
 from tale_ray.model.layers import LayerStack, find_layers
+from tale_ray.model.outline import configured_dtype, hollow_model
 from tale_ray.model.placement import Placement
-from tale_ray.model.stages import hollow_model
+from tale_ray.model.stages import weight_room
 from tale_ray.model.stream import LayerStream, Weight, make_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,9 +51,13 @@ def should_stream(section: ModelSection, dtype: str, placement: Placement, mode:
         tensors = stored_tensors(folder)
     except ModelError:
         return False  # loading says what is wrong with it
-    return weight_bytes(tensors, dtype) > (
-        free_gpu_bytes(placement.num_gpus) * 9 // 10 if placement.num_gpus else free_memory_bytes()
-    )
+    free = free_gpu_bytes(placement.num_gpus) if placement.num_gpus else free_memory_bytes()
+    return is_too_large(weight_bytes(tensors, dtype), free, placement.num_gpus)
+
+
+def is_too_large(needed_bytes: int, free_bytes: int, num_gpus: int) -> bool:
+    """Return whether weights are streamed unasked: `free_bytes` are those of all GPUs together, or of RAM without."""
+    return needed_bytes > (weight_room(free_bytes) if num_gpus else free_bytes)
 
 
 def weight_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
@@ -63,6 +68,21 @@ def weight_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
         * (_DTYPES[dtype].itemsize if dtype in _DTYPES and tensor.dtype.is_floating_point else tensor.dtype.itemsize)
         for tensor in tensors.values()
     )
+
+
+def check_streamable(section: ModelSection, model: Any) -> None:
+    """Refuse a model, made without memory, that a checkpoint as its family stores them cannot be streamed for.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    _check_format(section, model.config)
+    _check_dtype(section, model)
+    if any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model)):
+        raise ModelError(
+            f"model {section.model} cannot be streamed: checkpoints of the family {model.config.model_type} store "
+            f"experts one by one, and it computes with all together; {_REMEDY}"
+        )
 
 
 def stream_model(
@@ -133,11 +153,8 @@ def _check_format(section: ModelSection, config: Any) -> None:
 
 def _dtype(config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype asked for; of a checkpoint, the one its configuration names, else the first one that is stored."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
+    if (configured := configured_dtype(config, dtype)) is not None:
+        return configured
     stored = (tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
     return next(stored, torch.float32)
 
@@ -151,12 +168,16 @@ def _outline(section: ModelSection, config: Any, dtype: torch.dtype) -> Any:
             f"model {section.model} cannot be streamed, as it cannot be made without memory "
             f"({type(error).__name__}: {error}): {_REMEDY}"
         ) from error
-    if dtype != torch.float32 and (kept := _kept_in_float32(model)):
-        raise ModelError(
-            f"model {section.model} cannot be streamed in {str(dtype).removeprefix('torch.')}: its family keeps some "
-            f"weights ({kept}) in float32; use --dtype float32, or {_REMEDY}"
-        )
+    _check_dtype(section, model)
     return model.eval().requires_grad_(False)
+
+
+def _check_dtype(section: ModelSection, model: Any) -> None:
+    if model.dtype != torch.float32 and (kept := _kept_in_float32(model)):
+        raise ModelError(
+            f"model {section.model} cannot be streamed in {str(model.dtype).removeprefix('torch.')}: its family keeps "
+            f"some weights ({kept}) in float32; use --dtype float32, or {_REMEDY}"
+        )
 
 
 def _kept_in_float32(model: Any) -> str:
