@@ -23,6 +23,8 @@ from paper import executor_fixture as executor_fixture
 from paper import paper_fixture as paper_fixture
 
 from tale_ray.api import Run, make_config, search
+from tale_ray.attempt.gpus import FREE_SHARE
+from tale_ray.attempt.plan import Device, make_plan
 from tale_ray.attempt.search import run_search
 from tale_ray.config import ModelSection
 from tale_ray.errors import InfeasibleError, Interrupted
@@ -221,6 +223,23 @@ def test_workers_see_gpus_of_their_own_and_who_finds_none_waits(
     wait_for(lambda: events.extend(ray.poll(1.0)) or any(isinstance(each, WorkerJoined) for each in events))
     (waited,) = (each.worker for each in events if isinstance(each, WorkerJoined))
     assert waited != gone.name
+
+
+@pytest.mark.parametrize(("card_gibibytes", "gpus"), [(80, 2), (24, 7)])
+def test_preflight_grants_what_a_plan_asks_for_or_refuses_it(
+    executor: Callable[..., Any], paper: Any, card_gibibytes: int, gpus: int
+) -> None:
+    paper()
+    llama = Path(__file__).parent / "data" / "configurations" / "llama-3.1-70b.json"
+    config = make_config(model=str(llama), task="arc_challenge", rows=8)
+    plan = make_plan(config, Device(free_bytes=int(FREE_SHARE * card_gibibytes * 2**30)), tokens_per_row=120)
+    assert plan.gpus_per_worker == gpus
+    ray = executor(gpus_per_worker=plan.gpus_per_worker)
+    if gpus > CLUSTER_GPUS:
+        with pytest.raises(InfeasibleError, match=f"needs 1 CPU and {gpus} GPUs, .*misses {gpus - CLUSTER_GPUS} GPUs"):
+            ray.connect()
+    else:
+        assert [len(seen.split(",")) for seen in visible_gpus(ray, CLUSTER_GPUS // gpus)] == [gpus] * 2
 
 
 def test_workers_that_ask_for_no_gpu_see_none(executor: Callable[..., Any], paper: Any) -> None:
