@@ -134,3 +134,18 @@ def test_units_of_a_streamed_model_are_few_and_large() -> None:
     assert shape.candidates == len(LAYERS)
     assert 100 < shape.rows < 160
     assert streamed.shape((), LAYERS, left(1, rows=40)).rows == 40, "one pass, if that is all there is"
+
+
+@pytest.mark.parametrize("fixed", [80.0, 800.0])
+def test_candidates_share_a_unit_whose_time_is_nearly_all_fixed(fixed: float) -> None:
+    """Long replies on a card that is slow to read the weights: cutting candidates apart would only read them again."""
+    layers = tuple(range(80))
+    pace = Pace(len(layers), max_new_tokens=256)
+    some = Left(rows=500, all_rows=500, all_candidates=layers, workers=1, racing=False)
+    for _ in range(30):
+        shape = pace.shape((), layers, some)
+        each = replace(unit(shape.rows), candidates=layers[: shape.candidates])
+        applied = row_applications(len(layers), (), each.candidates) * shape.rows
+        pace.note(replace(Table(seed=1).score(unit(1)), unit=each, seconds=fixed + APPLICATION / 2 * applied))
+    assert shape.candidates == len(layers)
+    assert shape.rows > 100

@@ -169,7 +169,7 @@ class Pace:
         if self._decodes and share - rows < LEAST_REST * rows:
             rows = share
         if row + fixed <= seconds or workers == 1:
-            seconds = 2 * self._most_seconds
+            seconds = max(seconds, 2 * self._most_seconds)
         return UnitShape(rows, self._fitting(removed, candidates, (seconds - fixed) / application))
 
     def _fitting(self, removed: Collection[int], candidates: Sequence[int | None], applications: float) -> int:
