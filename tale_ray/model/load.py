@@ -20,7 +20,7 @@ from tale_ray.errors import ModelError
 from tale_ray.model.converted import ConvertedCheckpoint, cache_folder
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
-from tale_ray.model.outline import configured_dtype, hollow_model
+from tale_ray.model.outline import DTYPES, configured_dtype, hollow_model
 from tale_ray.model.placement import ON_CPU, Placement
 from tale_ray.model.stages import device_map, weight_room
 from tale_ray.model.streaming import stream_model
@@ -29,7 +29,7 @@ from tale_ray.records import ModelInfo
 
 logger = logging.getLogger("tale_ray.model")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
+_DTYPES = {**DTYPES, "checkpoint": "auto"}
 _PROBE_TOKENS = 8
 _STREAMED = "weights do not stay in memory: layers are read from their files one after another, once for many rows"
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tale_ray.model.balance import balance
 from tale_ray.model.layers import find_layers
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -23,8 +23,8 @@ def hollow_model(config: Any, dtype: Any, *, trust_remote_code: bool = False) ->
 
 def configured_dtype(config: Any, dtype: str) -> torch.dtype | None:
     """Return the dtype asked for; of `checkpoint`, the one that the configuration names, None if it names none."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
+    if dtype in DTYPES:
+        return DTYPES[dtype]
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     return named if isinstance(named, torch.dtype) else None
 

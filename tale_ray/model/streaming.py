@@ -23,12 +23,11 @@ from tale_ray.model.capacity import free_gpu_bytes, free_memory_bytes
 from tale_ray.model.checkpoint import MappedFiles, StoredTensor, map_files, stored_tensors
 from tale_ray.model.digest import check_model, model_folder
 from tale_ray.model.layers import LayerStack, find_layers
-from tale_ray.model.outline import configured_dtype, hollow_model
+from tale_ray.model.outline import DTYPES, configured_dtype, hollow_model
 from tale_ray.model.placement import Placement
 from tale_ray.model.stages import weight_room
 from tale_ray.model.stream import LayerStream, Weight, make_source
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _REMEDY = "give a worker more memory and load it whole (--stream never), or choose another checkpoint"
 
@@ -65,7 +64,7 @@ def weight_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
     return sum(
         (tensor.end - tensor.start)
         // tensor.dtype.itemsize
-        * (_DTYPES[dtype].itemsize if dtype in _DTYPES and tensor.dtype.is_floating_point else tensor.dtype.itemsize)
+        * (DTYPES[dtype].itemsize if dtype in DTYPES and tensor.dtype.is_floating_point else tensor.dtype.itemsize)
         for tensor in tensors.values()
     )
 
