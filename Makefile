@@ -62,10 +62,12 @@ bench: $(CACHE)/smollm2/config.json
 	$(BIN)/python benchmarks/streaming.py --threads 2
 	$(BIN)/python benchmarks/scale.py --validate --smollm2 $(CACHE)/smollm2
 
-# The reference of all commands, from their own help; the table of plans, from the configurations in tests/data.
+# The site: the reference, written from the code's own help and docstrings, and all pages as HTML in site/.
 docs: $(STAMP)
 	$(BIN)/python tools/write_reference.py
 	$(BIN)/python tools/write_plans.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
