@@ -170,6 +170,8 @@ def _save(model: Any, out: Path) -> None:
     except SafetensorError as error:  # it has the system's errors in its text alone
         raise OSError(str(error)) from error
     (out / _GENERATION).unlink(missing_ok=True)
+    for path in out.glob("*.safetensors"):  # safetensors lets nobody else read them
+        path.chmod((out / "config.json").stat().st_mode)
 
 
 def _copy_files(section: ModelSection, folder: Path, out: Path) -> None:
