@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, overload
 
-from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_removal, run_evaluation, stored_identity
+from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_round, run_evaluation, stored_identity
+from tale_ray.attempt.export import ExportDType, run_export
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.attempt.study import StudyOpened, run_study
 from tale_ray.config import (
@@ -69,6 +71,26 @@ class Run:
         history = self.history
         found = selected_result(RunReader(self.uri), history)
         return None if found is None else history.rounds[found["round"]]
+
+    def export(
+        self,
+        out: str | os.PathLike[str],
+        pick: str | int = "best",
+        *,
+        model: str | os.PathLike[str] | None = None,
+        dtype: ExportDType = "checkpoint",
+        base_model: str | None = None,
+        push_to_hub: str | None = None,
+    ) -> Path:
+        """Write a result as a checkpoint that plain transformers loads, as `tale-ray export` does; return its folder.
+
+        Raises:
+            UsageError: there is no such result, or it cannot be written there.
+            TaleRayError: it is written, but was not uploaded.
+        """
+        moved = None if model is None else os.fspath(model)
+        options: Mapping[str, Any] = {"base_model": base_model, "push_to_hub": push_to_hub}
+        return run_export(self.uri, out, pick=str(pick), model=moved, dtype=dtype, **options).folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +358,7 @@ def evaluated_config(
     reader = RunReader(os.fspath(run))
     remove = _values(options).get("remove")
     if remove is None:
-        remove = picked_removal(reader, str(pick or "best"))
+        remove = picked_round(reader, str(pick or "best")).removed
     options.pop("remove", None)
     config = replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))
     return config, stored_identity(reader, options)

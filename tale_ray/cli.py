@@ -19,6 +19,7 @@ from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
 from tale_ray.cli_doctor import doctor
+from tale_ray.cli_export import export
 from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
 from tale_ray.cli_options import (
     data_root_option,
@@ -245,7 +246,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (plan, doctor, *JOB_COMMANDS):
+for _command in (plan, export, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

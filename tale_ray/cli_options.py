@@ -101,3 +101,6 @@ log_json_option = click.option(
     "--log-json", is_flag=True, help="Write progress and logs to stderr as JSON, an object on a line."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+pick_option = click.option(
+    "--pick", metavar="P", default="best", show_default=True, help="best, bsba, final, selected, or a round."
+)

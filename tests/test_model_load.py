@@ -18,6 +18,7 @@ from tale_ray.errors import ModelError
 from tale_ray.model import load
 from tale_ray.model.digest import check_model, digest_model, model_folder
 from tale_ray.model.load import load_model
+from tale_ray.model.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +429,16 @@ def test_a_gguf_file_is_dequantised(gguf_folder):
     with loaded.layers.without({1}):
         mine = next_logits(loaded.model, prompt)
     torch.testing.assert_close(mine, next_logits(rebuild(model, {1}), prompt), atol=0.3, rtol=0.1)
+
+
+def test_workers_share_the_copy_of_a_gguf_file(gguf_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TALE_RAY_CACHE", str(tmp_path / "cache"))
+    folder, _ = gguf_folder
+    shared = load_model(section(folder, gguf="tiny.gguf"), "float32", Placement(shares_weights=True))
+    assert (tmp_path / "cache" / "float32" / shared.info.digest / "model.safetensors").is_file()
+    alone = load_model(section(folder, gguf="tiny.gguf"), "float32")
+    prompt = tiny_prompts(1)[0]
+    assert torch.equal(next_logits(shared.model, prompt), next_logits(alone.model, prompt))
 
 
 def test_gguf_without_its_package(gguf_folder, monkeypatch):

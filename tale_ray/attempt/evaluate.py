@@ -12,7 +12,7 @@ from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError, TaskError
-from tale_ray.records import ModelInfo, RowAnswer, Score, SplitName
+from tale_ray.records import ModelInfo, Round, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import baseline_answers, selected_result
 from tale_ray.results.statistics import PairedComparison, compare
 from tale_ray.results.summary import stored_history
@@ -174,8 +174,8 @@ def _evaluation(
     return Evaluation(score, compare([answer.correct for answer in found], others))
 
 
-def picked_removal(reader: RunReader, pick: str) -> tuple[int, ...]:
-    """Return the layers removed by a result of a run: `best`, `bsba`, `final`, `selected`, or a committed round.
+def picked_round(reader: RunReader, pick: str) -> Round:
+    """Return the round that is a result of a run: `best`, `bsba`, `final`, `selected`, or a committed round's number.
 
     Raises:
         ConfigError: the run has no such result.
@@ -184,16 +184,16 @@ def picked_removal(reader: RunReader, pick: str) -> tuple[int, ...]:
     if not history.rounds:
         raise ConfigError(f"{reader.uri} has no finished round yet: go on with `tale-ray resume {reader.uri}`")
     if pick in ("best", "bsba", "final"):
-        return history.picks[pick].removed
+        return history.picks[pick]
     if pick == "selected":
         if (selected := selected_result(reader, history)) is None:
             raise ConfigError(
                 f"{reader.uri} has no selected round: it has one when the search has ended and its rounds are scored "
                 "on select rows; go on with `tale-ray resume`, give the select split a share, or pick another result"
             )
-        return tuple(selected["removed"])
+        return history.rounds[int(selected["round"])]
     if pick.isdigit() and int(pick) < len(history.rounds):
-        return history.rounds[int(pick)].removed
+        return history.rounds[int(pick)]
     raise ConfigError(
         f"pick {pick!r} is not a result of {reader.uri}: choose best, bsba, final, selected, or a round from 0 to "
         f"{len(history.rounds) - 1}"

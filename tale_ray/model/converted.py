@@ -4,13 +4,18 @@ On a CPU, weights whose file holds what is computed with stay in the file: all w
 What has to be converted would be in the memory of each.
 """
 
+import ctypes
+import gc
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM
 
 logger = logging.getLogger("tale_ray.model")
 
@@ -64,3 +69,38 @@ class ConvertedCheckpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         logger.info("the weights were converted to float32 once, for all workers of this machine: %s", self.folder)
+
+
+def shared_weights(key: str, read: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """Return the model from its float32 copy, which is made if need be; from its own files if there is no room.
+
+    Args:
+        key: names the content of its files.
+        read: loads it from them, and returns with it what transformers says of that.
+    """
+    if (cache := cache_folder()) is None:
+        return read()
+    try:
+        with ConvertedCheckpoint(cache, key) as copy:
+            if not copy.exists:
+                model, loading = read()
+                try:
+                    copy.make(model)
+                except OSError as error:
+                    logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
+                    return model, loading
+                del model
+                _give_back_memory()
+    except OSError as error:
+        logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
+        return read()
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(copy.folder, **options)
+    return model, loading
+
+
+def _give_back_memory() -> None:
+    """Let the C library return what was freed, where it can be told to (glibc): it would keep a whole model."""
+    gc.collect()
+    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)

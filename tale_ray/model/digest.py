@@ -86,11 +86,8 @@ def digest_model(folder: Path, gguf: str | None) -> str:
     Raises:
         ModelError: a file cannot be read.
     """
-    names = {name for name in (*_CONFIGURATION_FILES, *_TOKENIZER_FILES) if (folder / name).is_file()}
-    for pattern in ("additional_chat_templates/*.jinja", "*.tiktoken"):
-        names.update(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
-    if "config.json" in names and "auto_map" in _configuration(folder):
-        names.update(path.name for path in folder.glob("*.py"))
+    names = {name for name in _CONFIGURATION_FILES if (folder / name).is_file()}
+    names.update(tokenizer_files(folder), code_files(folder))
     names.update([gguf] if gguf is not None else _weight_files(folder))
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -103,6 +100,25 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES) or any(
         folder.glob("*.tiktoken")
     )
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files there that make a tokenizer, chat templates included."""
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    for pattern in ("additional_chat_templates/*.jinja", "*.tiktoken"):
+        names += sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+    return names
+
+
+def code_files(folder: Path) -> list[str]:
+    """Return the names of the files with code that the configuration refers to; none if it refers to none.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    if not (folder / "config.json").is_file() or "auto_map" not in _configuration(folder):
+        return []
+    return sorted(path.name for path in folder.glob("*.py"))
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """A model and its tokenizer, loaded, ready to lose layers. Knows nothing of tasks, rows or scores."""
 
-import ctypes
-import gc
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from tale_ray.config import ModelSection
 from tale_ray.errors import ModelError
-from tale_ray.model.converted import ConvertedCheckpoint, cache_folder
+from tale_ray.model.converted import shared_weights
 from tale_ray.model.digest import check_model, digest_model, has_tokenizer, model_folder
 from tale_ray.model.layers import LayerStack, check_config, find_layers
 from tale_ray.model.outline import DTYPES, configured_dtype, hollow_model
@@ -26,8 +24,6 @@ from tale_ray.model.stages import device_map, weight_room
 from tale_ray.model.streaming import stream_model
 from tale_ray.model.tensor_parallel import held_whole, split_plan
 from tale_ray.records import ModelInfo
-
-logger = logging.getLogger("tale_ray.model")
 
 _DTYPES = {**DTYPES, "checkpoint": "auto"}
 _PROBE_TOKENS = 8
@@ -65,32 +61,28 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     place = str(folder) if folder is not None else section.model
     quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
     if section.gguf is not None:
-        _require_gguf()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # several workers would draw theirs over each other
+        require_gguf()
     try:
-        config = AutoConfig.from_pretrained(place, **options, **quantised)
-        check_config(config)
-        tokenizer = _load_tokenizer(place, folder, options, quantised)
-        digest = None if folder is None else digest_model(folder, section.gguf)
-        split = _split(config, section, placement) if placement.num_members > 1 else None
-        if placement.is_streamed:
-            model, loading = stream_model(section, config, dtype, placement)
-            _check_weights(section, loading)
-        else:
-            placed = {"distributed_config": split.config} if split else _placed(config, section, dtype, placement)
-            read = partial(_read_weights, section, place, dtype=_DTYPES[dtype], **placed, **options, **quantised)
-            if placement.shares_weights and _is_converted(config, section, dtype):
-                model, loading = _shared(digest or _commit_name(section), read)
+        with no_progress_bars():
+            config = AutoConfig.from_pretrained(place, **options, **quantised)
+            check_config(config)
+            tokenizer = _load_tokenizer(place, folder, options, quantised)
+            digest = None if folder is None else digest_model(folder, section.gguf)
+            split = _split(config, section, placement) if placement.num_members > 1 else None
+            if placement.is_streamed:
+                model, loading = stream_model(section, config, dtype, placement)
+                _check_weights(section, loading)
             else:
-                model, loading = read()
+                placed = {"distributed_config": split.config} if split else _placed(config, section, dtype, placement)
+                read = partial(read_weights, section, place, dtype=_DTYPES[dtype], **placed, **options, **quantised)
+                if placement.shares_weights and _is_converted(config, section, dtype):
+                    model, loading = shared_weights(digest or _commit_name(section), read)
+                else:
+                    model, loading = read()
     except ModelError:
         raise
     except Exception as error:
-        raise _as_model_error(section, error) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+        raise as_model_error(section, error) from error
     model.eval().requires_grad_(False)
     model.generation_config = neutral_generation(model, tokenizer)
     _check_placement(model, placement.num_gpus)
@@ -102,7 +94,7 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     info = ModelInfo(
         num_layers=layers.num_layers,
         family=str(model.config.model_type),
-        digest=digest or digest_model(_snapshot(section), section.gguf),
+        digest=digest or digest_model(snapshot_folder(section), section.gguf),
         dtype=str(model.dtype).removeprefix("torch."),
         device=_device_name(model),
         load_seconds=time.monotonic() - started,
@@ -118,6 +110,18 @@ def load_model(section: ModelSection, dtype: str, placement: Placement = ON_CPU)
     return LoadedModel(model, tokenizer, layers, info, num_stages=len(placement.devices))
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Within the context transformers draws no progress bars: several workers would draw theirs over each other."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 def load_tokenizer(section: ModelSection) -> Any:
     """Return the tokenizer of a section, as `load_model` loads it with the model.
 
@@ -131,7 +135,7 @@ def load_tokenizer(section: ModelSection) -> Any:
         options["revision"] = section.revision
     quantised = {} if section.gguf is None else {"gguf_file": section.gguf}
     if section.gguf is not None:
-        _require_gguf()
+        require_gguf()
     return _load_tokenizer(str(folder) if folder is not None else section.model, folder, options, quantised)
 
 
@@ -253,16 +257,16 @@ def _split(config: Any, section: ModelSection, placement: Placement) -> _Split:
     return _Split(DistributedConfig(tp_size=num_members, tp_plan=plan), note)
 
 
-def _read_weights(section: ModelSection, place: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the model, and what transformers says of loading it.
+def read_weights(section: ModelSection, place: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and what transformers says of loading it; `options` are those of its `from_pretrained`.
 
     Raises:
         ModelError: weights are missing.
     """
     model, loading = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     _check_weights(section, loading)
-    if section.gguf is not None and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are not quantised any more
+    if section.gguf is not None and (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)  # the weights are not quantised any more, and can be saved
     return model, loading
 
 
@@ -275,37 +279,7 @@ def _is_converted(config: Any, section: ModelSection, dtype: str) -> bool:
 
 def _commit_name(section: ModelSection) -> str:
     """Return a name for the content of a hub model's files, which may not have been downloaded yet."""
-    return f"{_snapshot(section).name}-{section.gguf or 'safetensors'}"
-
-
-def _shared(key: str, read: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-    """Return the model from its float32 copy, which is made if need be; from its own files if there is no room."""
-    if (cache := cache_folder()) is None:
-        return read()
-    try:
-        with ConvertedCheckpoint(cache, key) as copy:
-            if not copy.exists:
-                model, loading = read()
-                try:
-                    copy.make(model)
-                except OSError as error:
-                    logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
-                    return model, loading
-                del model
-                _give_back_memory()
-    except OSError as error:
-        logger.warning("each worker holds weights of its own, as no float32 copy can be kept: %s", error)
-        return read()
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, loading = AutoModelForCausalLM.from_pretrained(copy.folder, **options)
-    return model, loading
-
-
-def _give_back_memory() -> None:
-    """Let the C library return what was freed, where it can be told to (glibc): it would keep a whole model."""
-    gc.collect()
-    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        malloc_trim(0)
+    return f"{snapshot_folder(section).name}-{section.gguf or 'safetensors'}"
 
 
 def _device_name(model: Any) -> str:
@@ -313,7 +287,7 @@ def _device_name(model: Any) -> str:
     return ",".join(devices)
 
 
-def _snapshot(section: ModelSection) -> Path:
+def snapshot_folder(section: ModelSection) -> Path:
     """The folder of the hub's cache from which a hub id was just loaded; it bears the name of its commit."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -342,7 +316,12 @@ def _check_vocabulary(section: ModelSection, tokenizer: Any, num_embeddings: int
         )
 
 
-def _require_gguf() -> None:
+def require_gguf() -> None:
+    """Refuse to go on without the package that reads GGUF files.
+
+    Raises:
+        ModelError: it is not installed.
+    """
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -367,7 +346,8 @@ def _notes(model: Any, loading: dict[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
+def as_model_error(section: ModelSection, error: Exception) -> ModelError:
+    """Return what transformers raised while it loaded a model as an error of ours, with a remedy."""
     name, text = section.model, _first_line(error)
     kind = type(error).__name__
     if kind in ("GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError") or "gated repo" in text:
