@@ -35,6 +35,7 @@ from tale_ray.cli_options import (
     with_options,
 )
 from tale_ray.cli_plan import plan
+from tale_ray.cli_report import report
 from tale_ray.config import EpsilonMode, ResumeMode, SearchConfig, parse_seeds
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
@@ -245,7 +246,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (plan, doctor, *JOB_COMMANDS):
+for _command in (report, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 
