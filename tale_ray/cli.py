@@ -14,7 +14,7 @@ from rich.console import Console
 import tale_ray
 from tale_ray import watch
 from tale_ray.api import evaluated_config, make_config, resumed_config, resumed_study
-from tale_ray.attempt.evaluate import Evaluation, run_evaluation
+from tale_ray.attempt.evaluate import Evaluation, kept_answers, run_evaluation
 from tale_ray.attempt.preview import preview_row, preview_text
 from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_search
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
@@ -36,6 +36,7 @@ from tale_ray.cli_options import (
     with_options,
 )
 from tale_ray.cli_plan import plan
+from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
 from tale_ray.config import EpsilonMode, ResumeMode, SearchConfig, parse_seeds
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
@@ -166,6 +167,7 @@ def show(run: str, as_json: bool, is_watched: bool) -> None:
     show_default=True,
     help="Rows to score.",
 )
+@click.option("--store", is_flag=True, help="With --run: keep the answers there, for `report` and `compare`.")
 @resource_options
 @log_json_option
 @json_option
@@ -176,6 +178,7 @@ def evaluate(
     run: str | None,
     pick: str | None,
     split: str,
+    store: bool,
     log_json: bool,
     as_json: bool,
     **options: Any,
@@ -186,16 +189,23 @@ def evaluate(
     """
     given = _given(options) if run is None else _changed(context, options)
     config, expected = evaluated_config(run, pick, **given)
+    if store and run is None:
+        raise ConfigError("--store keeps answers in a run: name it with --run, or leave the option out")
     interruption = Interruption()
     evaluation = None
-    with interruption.on_signals(), _shown(log_json) as display:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interruption.on_signals())
+        display = stack.enter_context(_shown(log_json))
+        keep = stack.enter_context(kept_answers(run, config, expected, split)) if store and run else None
         chosen: Any = None if split == "all" else split
         for event in run_evaluation(config, expected, chosen, interruption):
             if isinstance(event, Evaluation):
                 evaluation = event
             else:
                 display.show(event)
-    assert evaluation is not None
+        assert evaluation is not None
+        if keep is not None:
+            keep(evaluation)
     values = evaluation_json(evaluation.score, evaluation.comparison, config.strategy.remove, split)
     click.echo(json.dumps(values, indent=2) if as_json else evaluation_text(values))
 
@@ -246,7 +256,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (plan, export, doctor, *JOB_COMMANDS):
+for _command in (export, *REPORT_COMMANDS, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

@@ -14,7 +14,7 @@ from gang import Found, examined, gang
 from tale_ray.api import make_config, search
 from tale_ray.config import ModelSection, ResourceSection, SearchConfig, TaskSection
 from tale_ray.errors import ConfigError, ModelError
-from tale_ray.model.stages import hollow_model
+from tale_ray.model.outline import hollow_model
 from tale_ray.model.tensor_parallel import WHOLE, check_sizes, held_whole, split_plan
 
 SMOLLM2 = Path(os.environ.get("TALE_RAY_SMOLLM2", ".cache/smollm2"))

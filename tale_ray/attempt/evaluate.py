@@ -1,7 +1,7 @@
-"""Scoring one configuration of a model, once, with nothing stored."""
+"""Scoring one configuration of a model, once; nothing is stored, unless a run is to keep the answers."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -16,12 +16,14 @@ from tale_ray.records import ModelInfo, Round, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import baseline_answers, selected_result
 from tale_ray.results.statistics import PairedComparison, compare
 from tale_ray.results.summary import stored_history
+from tale_ray.search.driver import held_out_scope
 from tale_ray.search.instructions import Keep
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import Pace
 from tale_ray.search.pool import Pool, PoolEvent
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.reader import RunReader
+from tale_ray.store.run import RunWriter
 from tale_ray.store.tables import AnswerSheet
 from tale_ray.tasks.splits import digest_rows
 
@@ -32,6 +34,7 @@ class Evaluation:
 
     score: Score
     comparison: PairedComparison | None  # None: not a result of a run, or the run has no answers on these rows
+    sheets: tuple[AnswerSheet, ...] = ()  # what was answered, split by split
 
 
 EvaluationEvent: TypeAlias = RowsPrepared | LoadingStarted | ModelLoaded | PoolEvent | Evaluation
@@ -166,12 +169,55 @@ def _evaluation(
         total=len(found),
         invalid=sum(answer.prediction is None for answer in found),
     )
-    for split in answers:
-        digests = tuple(example.digest for example in prepared.examples[split])
-        if split not in baseline or baseline[split].row_digests != digests:
-            return Evaluation(score, None)
+    sheets = tuple(
+        AnswerSheet(
+            scope="evaluation",
+            split=split,
+            row_digests=tuple(example.digest for example in prepared.examples[split]),
+            targets=tuple(example.target for example in prepared.examples[split]),
+            answers=tuple(answers[split]),
+        )
+        for split in answers
+    )
+    for split, sheet in zip(answers, sheets, strict=True):
+        if split not in baseline or baseline[split].row_digests != sheet.row_digests:
+            return Evaluation(score, None, sheets)
     others = [answer.correct for split in answers for answer in baseline[split].answers]
-    return Evaluation(score, compare([answer.correct for answer in found], others))
+    return Evaluation(score, compare([answer.correct for answer in found], others), sheets)
+
+
+@contextlib.contextmanager
+def kept_answers(
+    run: str, config: SearchConfig, expected: StoredIdentity, split: str
+) -> Iterator[Callable[[Evaluation], None]]:
+    """Hold a run's lease, and give what stores an evaluation among the run's own answers on select or test rows.
+
+    Raises:
+        ConfigError: it would not be what the run's model says of the run's rows in one of its rounds.
+        LeaseHeld: another process writes to the run.
+    """
+    if split not in ("select", "test"):
+        raise ConfigError(f"split {split} cannot be stored: a run keeps answers to select or test rows; choose one")
+    if expected.task is None or not expected.rows or expected.model.keys() != {"digest", "dtype"}:
+        raise ConfigError(
+            f"{expected.run} keeps what its own model says of its own rows: leave out the options that change either, "
+            "or leave out --store"
+        )
+    with RunWriter.claim(run, wait=False) as writer:
+        rounds = stored_history(writer.reader, writer.reader.manifest()).rounds
+        removed = config.strategy.remove
+        number = next((entry.number for entry in rounds if entry.removed == removed), None)
+        if number is None:
+            raise ConfigError(
+                f"{expected.run} has no round without exactly layers {list(removed)}: name one with --pick"
+            )
+        scope = held_out_scope("select" if split == "select" else "test", number)
+
+        def keep(evaluation: Evaluation) -> None:
+            (sheet,) = evaluation.sheets
+            writer.write_answers(replace(sheet, scope=scope))
+
+        yield keep
 
 
 def picked_round(reader: RunReader, pick: str) -> Round:

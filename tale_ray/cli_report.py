@@ -1,0 +1,88 @@
+"""The commands `report` and `compare`: what runs have found, as a page and side by side, from storage alone."""
+
+import json
+from pathlib import Path
+
+import click
+
+from tale_ray.cli_options import data_root_option, json_option, with_options
+from tale_ray.errors import ConfigError
+from tale_ray.output_file import check_file, check_place, write_text
+from tale_ray.results.compare import compare_runs
+from tale_ray.results.compare_tables import comparison_table, write_comparison_figure
+from tale_ray.results.report.data import gather
+from tale_ray.results.report.page import render_page
+from tale_ray.results.report.plots import check_matplotlib, write_plots
+from tale_ray.results.report.prompts import find_prompts
+from tale_ray.results.tables import output_console
+from tale_ray.store.reader import RunReader
+
+
+@click.command()
+@click.argument("run")
+@with_options(
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        default="report.html",
+        show_default=True,
+        metavar="FILE",
+        help="The page.",
+    ),
+    click.option(
+        "--plots", type=click.Path(path_type=Path), metavar="DIR", help="Also write the figures there, as PNG and SVG."
+    ),
+    data_root_option,
+)
+def report(run: str, output: Path, plots: Path | None, data_root: str | None) -> None:
+    """Write what a run has found as one page of HTML that needs no network, no script and no other file.
+
+    Reads the run's storage alone, while it runs, too. Prompts are not stored in a run: they are shown where the rows of
+    the task are at hand (generated, in files, or under --data-root).
+    """
+    check_file(output, "--output")
+    if plots is not None:
+        check_place(plots / "trajectory.png", "--plots")
+        check_matplotlib()
+    data = gather(RunReader(run))
+    digests = {change.digest for each in data.row_by_row for change in (*each.wins, *each.losses)}
+    prompts = find_prompts(data.manifest, digests, data_root) if data.manifest and digests else None
+    write_text(output, render_page(data, prompts), "--output")
+    click.echo(f"report: {output}")
+    for path in () if plots is None else write_plots(data, plots):
+        click.echo(f"figure: {path}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="RUN...")
+@with_options(
+    json_option,
+    click.option(
+        "--figure",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Also draw accuracy over removed layers; .png or .svg.",
+    ),
+)
+def compare(runs: tuple[str, ...], as_json: bool, figure: Path | None) -> None:
+    """Compare runs on the same test rows, at equal numbers of removed layers: accuracy, paired tests, search cost.
+
+    Reads their storage alone. Refuses runs whose test rows differ. Rounds whose answers to test rows are not stored are
+    marked, with the command that scores them.
+    """
+    if figure is not None:
+        check_file(figure, "--figure")
+        if figure.suffix not in (".png", ".svg"):
+            raise ConfigError(f"--figure {figure} has no known ending: name a .png or .svg file")
+        check_matplotlib()
+    found = compare_runs(runs)
+    if figure is not None:
+        write_comparison_figure(found, figure)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        output_console().print(comparison_table(found), soft_wrap=True)
+
+
+COMMANDS = (report, compare)

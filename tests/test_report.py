@@ -1,0 +1,319 @@
+"""The report against `show --json` and what is stored; as a browser shows it: test_report_browser.py."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from folders import command, show
+from places import Place
+from report_runs import EVIL, LATENCY, NUM_LAYERS, Shape, write_report_run
+from stored_runs import write_run
+
+from tale_ray.results.report.data import gather
+from tale_ray.results.report.page import render_page
+from tale_ray.results.report.texts import excerpt, visible
+from tale_ray.results.report.verdict import verdict
+from tale_ray.results.statistics import wilson_interval
+from tale_ray.store import RunReader, RunWriter
+
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The page as a tree of (tag, attributes, text), with all its text; refuses what is not nested."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.cells: dict[tuple[int, int], str] = {}
+        self._cell: tuple[int, int] | None = None
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.elements.append((tag, found))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+            layer, number = found.get("data-layer"), found.get("data-round")
+            self._cell = (int(layer), int(number)) if layer is not None and number is not None else None
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} closes what is not open"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th") and self.rows:
+            self.rows[-1][-1] += data
+            if self._cell is not None:
+                self.cells[self._cell] = self.cells.get(self._cell, "") + data
+
+    def tags(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+@pytest.fixture(scope="module", name="run")
+def run_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("report") / "run"
+    write_report_run(run)
+    return run
+
+
+def report(run: Path | str, folder: Path, *more: Any) -> str:
+    outcome = command("report", run, "-o", folder / "report.html", *more)
+    assert outcome.code == 0, outcome.err
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", name="page")
+def page_fixture(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(report(run, tmp_path_factory.mktemp("page")))
+
+
+def row_of(page: Page, *begin: str) -> list[str]:
+    return next(row for row in page.rows if row[: len(begin)] == list(begin))
+
+
+def test_its_numbers_are_those_of_show(run: Path, page: Page) -> None:
+    summary = show(run)
+    for name, entry in summary["test"].items():
+        row = row_of(page, name, str(entry["round"]))
+        assert row[2] == (", ".join(map(str, entry["removed"])) or "none")
+        assert row[3].startswith(
+            f"{entry['correct']}/{entry['total']} = {100 * entry['correct'] / entry['total']:.1f}% ["
+        )
+        if name != "baseline":
+            assert row[5:7] == [str(entry["wins"]), str(entry["losses"])]
+            assert row[8] == (f"{entry['p_value_holm']:.3f}" if entry["p_value_holm"] >= 0.001 else "<0.001")
+            assert float(row[9]) == pytest.approx(100 * summary["optimism"][name], abs=0.06)
+    for entry in (summary["baseline"] | {"round": 0, "removed": []}, *summary["rounds"]):
+        row = row_of(page, str(entry["round"]))
+        low = wilson_interval(entry["correct"], entry["total"]).low
+        assert row[2] == str(len(entry["removed"]))
+        assert row[3].startswith(f"{entry['correct']}/{entry['total']} = ")
+        assert f"[{100 * low:.1f}, " in row[3]
+    for number in (summary["work"]["candidate_rows"], summary["work"]["layer_applications"]):
+        assert f"{number:,}" in page.text
+
+
+def test_every_cell_of_the_heat_map_is_a_stored_candidate(run: Path, page: Page) -> None:
+    summary = show(run)
+    rounds = [*summary["rounds"], summary["rejected_round"]]
+    assert len(page.cells) == NUM_LAYERS * len(rounds)
+    drawn = ElementTree.fromstring(re.search(r'<svg id="heat-map".*?</svg>', report_text(run), re.DOTALL)[0])  # type: ignore[index]
+    titles = {title.text for title in drawn.iter("title")}
+    gone: list[int] = []
+    for entry in rounds:
+        stored = {each["layer"]: each for each in entry["candidates"]}
+        for layer in range(NUM_LAYERS):
+            cell, where = page.cells[layer, entry["round"]].split(), f"round {entry['round']}, layer {layer}: "
+            if layer in gone:
+                assert cell == ["×"]
+                assert f"{where}removed before" in titles
+                continue
+            counts = f"{stored[layer]['correct']}/{stored[layer]['seen']}"
+            out = stored[layer]["status"] == "bounded_out"
+            won = layer == entry["removed_layer"]
+            assert cell == [counts, *(["out"] if out else []), *(["winner"] if won else [])]
+            told = f"{where}{stored[layer]['correct']} of {stored[layer]['seen']} rows correct"
+            assert f"{told}{', then bounded out' if out else ', the winner' if won else ''}" in titles
+        gone.append(entry["removed_layer"])
+    assert len([group for group in drawn if group.get("class", "").startswith("cell bounded_out")]) == sum(
+        each["status"] == "bounded_out" for entry in rounds for each in entry["candidates"]
+    )
+
+
+def report_text(run: Path) -> str:
+    return render_page(gather(RunReader(str(run))))
+
+
+def test_nobody_who_writes_a_reply_writes_the_page(page: Page) -> None:
+    assert not page.tags("script")
+    assert not page.tags("img")
+    assert len(page.tags("style")) == 1
+    assert "<script>document.title='owned'</script>" in page.text, "it is shown as it was said"
+    assert "{{ 7 * 7 }}{% raw %}␀␛[31mred␇\\u202eevil\n" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ufffe]", page.text)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_nothing_is_fetched(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "use", "image")
+        assert not {"src", "srcset", "data", "xlink:href"} & attributes.keys()
+        assert attributes.get("href", "#main") == "#main"
+    policy = next(meta for meta in page.tags("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_long_replies_are_cut_and_it_is_said(run: Path, page: Page) -> None:
+    assert "Cut: it has 100,000 characters." in page.text
+    assert len(report_text(run)) < 1_000_000
+
+
+def test_prompts_are_found_where_the_rows_are(page: Page) -> None:
+    assert "Not stored in the run" not in page.text
+    assert re.search(r"\b(True|False|not|and|or)\b.*\b(and|or|not)\b", page.text)
+
+
+def test_prompts_that_are_not_there_are_said_to_be_missing(run: Path) -> None:
+    assert "Not stored in the run; row digest" in report_text(run)
+
+
+def test_every_figure_has_a_title_and_a_description(page: Page) -> None:
+    figures = [each for each in page.tags("svg") if each.get("role") == "img"]
+    assert {each["id"] for each in figures} >= {"layers", "trajectory", "heat-map"}
+    assert any(str(each["id"]).startswith("rows-") for each in figures)
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    for each in figures:
+        assert {f"{each['id']}-title", f"{each['id']}-description"} == set(str(each["aria-labelledby"]).split()) <= ids
+
+
+def test_optional_sections(run: Path, page: Page, tmp_path: Path) -> None:
+    assert row_of(page, "first_token_seconds") == ["first_token_seconds", "0.125", "0.1", "0.80"]
+    assert row_of(page, "a", "+10.0 (60.0%)") == ["a", "+10.0 (60.0%)", "-5.0 (45.0%)"]
+    assert row_of(page, "b", "–") == ["b", "–", "+0.0 (50.0%)"]
+    bare = tmp_path / "run"
+    write_report_run(bare, how="interrupted")
+    assert "Latency" not in report(bare, tmp_path)
+    with RunWriter.claim(str(bare)) as writer:
+        writer.write_result("latency", {**LATENCY, "base": 3})
+    broken = command("report", bare, "-o", tmp_path / "x.html")
+    assert broken.code == 2
+    assert "latency.json" in broken.err
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_faults_survived(page: Page) -> None:
+    head = page.rows.index(next(row for row in page.rows if row[0] == "attempt"))
+    first, second = page.rows[head + 1 : head + 3]
+    assert (first[3].strip(), first[6:]) == ("interrupted", ["2", "7"])
+    assert (second[3].strip(), second[6:]) == ("finished", ["0", "0"])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "finding", "words"),
+    [
+        ((0.8,) * 6, "not_shown", "show no significant difference"),
+        ((0.95,) + (0.2,) * 5, "full_model", "The full model is to be kept"),
+        ((0.1,) + (0.9,) * 5, "better", "is more accurate on 60 test rows"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_test_rows_show(
+    tmp_path: Path, accuracies: tuple[float, ...], finding: str, words: str
+) -> None:
+    write_report_run(tmp_path / "run", Shape(accuracies=accuracies))
+    found, sentence = verdict(gather(RunReader(str(tmp_path / "run"))))
+    assert (found, words in sentence) == (finding, True), sentence
+    entry = show(tmp_path / "run")["test"]["selected"]
+    if finding == "not_shown":
+        assert entry["p_value_holm"] >= 0.05
+        assert ("is not ruled out" in sentence) == (entry["difference_interval"][0] < -0.0005)
+
+
+def test_a_worse_result_is_called_worse(tmp_path: Path) -> None:
+    write_report_run(tmp_path / "run", Shape(splits=("search", "test"), accuracies=(0.95, *[0.3] * 5)))
+    data = gather(RunReader(str(tmp_path / "run")))
+    assert data.summary["best"]["round"] > 0
+    assert verdict(data)[0] == "worse"
+
+
+def test_without_test_rows_nothing_is_claimed(tmp_path: Path) -> None:
+    write_report_run(tmp_path / "run", Shape(splits=("search",)))
+    page = Page(report(tmp_path / "run", tmp_path))
+    assert "this run has no test rows, that does not show that the removal is harmless" in page.text
+    assert "Wins and losses" not in page.text
+
+
+@pytest.mark.parametrize("how", ["interrupted", "failed"])
+def test_a_run_that_has_not_ended_well_has_a_report(tmp_path: Path, how: str) -> None:
+    write_report_run(tmp_path / "run", how=how)
+    page = Page(report(tmp_path / "run", tmp_path))
+    start = {"interrupted": "The search was interrupted and can go on: without", "failed": "The search failed: without"}
+    assert start[how] in page.text
+    assert "the test rows are not scored yet" in page.text
+    assert ("a worker said <b>no</b>" in page.text) == (how == "failed")
+
+
+def test_a_run_that_is_being_written_has_a_report(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunWriter.claim(str(run)):
+        assert "still running: nothing is known yet" in Page(report(run, tmp_path)).text
+    write_run(run, rounds=0)
+    assert "can go on: nothing is known yet" in Page(report(run, tmp_path)).text
+    write_report_run(tmp_path / "two", Shape(rounds=0), how="interrupted")
+    assert "No round is finished yet" in Page(report(tmp_path / "two", tmp_path)).text
+
+
+def test_a_run_anywhere_has_a_report(place: Place, tmp_path: Path) -> None:
+    write_report_run(place.uri, Shape(rounds=2))
+    assert "Which layers" in report(place.uri, tmp_path)
+
+
+def test_places_that_must_not_be_written_are_refused(run: Path, tmp_path: Path) -> None:
+    inside = command("report", run, "-o", run / "report.html")
+    assert inside.code == 2
+    assert "is in the run folder" in inside.err
+    assert command("report", run, "-o", tmp_path).code == 2
+    assert command("report", run, "--plots", run / "plots", "-o", tmp_path / "r.html").code == 2
+    missing = command("report", tmp_path / "none", "-o", tmp_path / "r.html")
+    assert missing.code == 2
+    assert "is not a run" in missing.err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_figures_are_files_too(run: Path, tmp_path: Path) -> None:
+    out = command("report", run, "-o", tmp_path / "r.html", "--plots", tmp_path / "plots").out
+    names = ["trajectory.png", "trajectory.svg", "heatmap.png", "heatmap.svg"]
+    assert out.splitlines()[1:] == [f"figure: {tmp_path / 'plots' / name}" for name in names]
+    for name in names:
+        data = (tmp_path / "plots" / name).read_bytes()
+        assert data.startswith(b"\x89PNG") if name.endswith("png") else ElementTree.fromstring(data) is not None
+    again = tmp_path / "again"
+    command("report", run, "-o", tmp_path / "r.html", "--plots", again)
+    assert (again / "heatmap.svg").read_bytes() == (tmp_path / "plots" / "heatmap.svg").read_bytes()
+
+
+def test_texts_are_made_visible_and_short() -> None:
+    assert visible("a\tb\n\r\n\x00\x7f\u202e\ud800é") == "a\tb\n\n␀␡\\u202e\\ud800é"
+    assert excerpt("short", 10).is_cut is False
+    cut = excerpt("a" * 50 + "b" * 50, 30)
+    assert (cut.total, cut.is_cut) == (100, True)
+    assert cut.text == f"{'a' * 20}\n[...]\n{'b' * 10}"
+    assert all(len(excerpt(text, 100).text) < 700 for text in EVIL)
+
+
+def test_no_model_is_needed(run: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from tale_ray.cli import main; main(sys.argv[1:]);"
+        "print([name for name in ('torch', 'transformers', 'ray', 'matplotlib') if name in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", script, "report", str(run), "-o", str(tmp_path / "r.html")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_template_and_style_are_packaged() -> None:
+    root = Path(__file__).parent.parent
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["tale_ray"]
+    packaged = {path for pattern in patterns for path in (root / "tale_ray").glob(pattern)}
+    data = {path for path in (root / "tale_ray/results/report").iterdir() if path.suffix not in (".py", "")}
+    assert {path.name for path in data} == {"template.html", "style.css"}
+    assert data <= packaged
