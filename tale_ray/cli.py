@@ -37,7 +37,7 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
-from tale_ray.config import EpsilonMode, ResumeMode, SearchConfig, parse_seeds
+from tale_ray.config import MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName, parse_seeds
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
@@ -72,7 +72,18 @@ def cli() -> None:
 @task_options
 @click.option("--seeds", metavar="LIST", help="Search once with each seed, e.g. 0,1,2, and compare: a study.")
 @with_options(
-    click.option("--strategy", default="tale", show_default=True, help="How layers are chosen."),
+    click.option(
+        "--strategy",
+        metavar="NAME",
+        default="tale",
+        show_default=True,
+        help=f"How layers are chosen: {', '.join(get_args(StrategyName))}.",
+    ),
+    click.option(
+        "--calibration",
+        metavar="FILE",
+        help=f"Text that {', '.join(MEASURING)} measure the model on.  [default: prompts of the search rows]",
+    ),
     click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
     click.option(
         "--epsilon-mode",
@@ -121,6 +132,7 @@ def search(context: click.Context, /, dry_run: bool, log_json: bool, seeds: str 
 @click.argument("run")
 @click.option("--model", metavar="PATH", help="Where the same model lies now.")
 @click.option("--task", metavar="PATH", help="Where the same task file lies now.")
+@click.option("--calibration", metavar="PATH", help="Where the same calibration text lies now.")
 @data_root_option
 @include_path_option
 @click.option("--epsilon", help="A larger one than the run has.")

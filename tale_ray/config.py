@@ -5,8 +5,9 @@ What can change a prediction or a decision is the run's *identity* (see `SearchC
 devices, batch budget and folders are not part of it and may differ from one attempt to the next.
 """
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -16,6 +17,7 @@ from tale_ray.annotations import fits
 from tale_ray.errors import ConfigError
 from tale_ray.records import SplitName
 
+StrategyName = Literal["tale", "sleb", "block_influence", "contiguous", "reverse", "random"]
 EpsilonMode = Literal["baseline", "current"]
 ResumeMode = Literal["auto", "must", "never"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,6 +34,7 @@ _KINDS: Mapping[Any, str] = {
 }
 _BROKEN_TEXT = re.compile("[\0\ud800-\udfff]")
 
+MEASURING: tuple[StrategyName, ...] = ("sleb", "block_influence", "contiguous")  # strategies that need calibration text
 DEFAULT_SPLITS: Mapping[SplitName, str] = {"search": "0.5", "select": "0.2", "test": "0.3"}
 
 
@@ -82,6 +85,14 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise ConfigError(f"{name} {text!r} is not a list of layers: write numbers such as 3,7") from None
+
+
+def removable_blocks(surviving: Sequence[int], span: int, keep_layers: Collection[int]) -> tuple[tuple[int, ...], ...]:
+    """Return the blocks of `span` consecutive surviving layers that hold none to be kept and leave one layer."""
+    if span >= len(surviving):
+        return ()
+    blocks = (tuple(surviving[at : at + span]) for at in range(len(surviving) - span + 1))
+    return tuple(block for block in blocks if not set(block) & set(keep_layers))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -191,7 +202,9 @@ def _at_most(value: float | None, maximum: int, name: str, unit: str, remedy: st
 
 def _one_of(value: str, choices: Any, name: str) -> None:
     if value not in get_args(choices):
-        raise ConfigError(f"{name} {value!r} is not known: choose one of {', '.join(get_args(choices))}")
+        near = difflib.get_close_matches(str(value).lower().replace("-", "_"), get_args(choices), n=1)
+        meant = f"did you mean {near[0]}? Choose" if near else "choose"
+        raise ConfigError(f"{name} {value!r} is not known: {meant} one of {', '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,18 +265,18 @@ class TaskSection:
 class StrategySection:
     """What is decided, and how."""
 
-    strategy: str = "tale"
+    strategy: StrategyName = "tale"
     epsilon: str = "0.08"
     epsilon_mode: EpsilonMode = "baseline"
     max_removed: int | None = None
     remove: tuple[int, ...] = ()  # start from the model without these
     keep_layers: tuple[int, ...] = ()  # never candidates
     exhaustive: bool = False
+    calibration: str | None = None  # file of the text that the model is measured on; None: the search rows' prompts
 
     def __post_init__(self) -> None:
         _check_kinds(self)
-        if self.strategy != "tale":
-            raise ConfigError(f"strategy {self.strategy!r} is not known: choose one of tale")
+        _one_of(self.strategy, StrategyName, "strategy")
         parse_epsilon(self.epsilon)
         _one_of(self.epsilon_mode, EpsilonMode, "epsilon mode")
         _at_least(self.max_removed, 0, "max removed", "leave the option out for no limit")
@@ -283,6 +296,15 @@ class StrategySection:
                 f"remove names {len(self.remove)} layers but max removed is {self.max_removed}: "
                 "raise the one or shorten the other"
             )
+        if self.strategy == "contiguous" and self.max_removed is None:
+            raise ConfigError(
+                "strategy contiguous needs max removed: it removes one block of so many layers; give --max-removed N"
+            )
+        if self.calibration is not None and self.strategy not in MEASURING:
+            raise ConfigError(
+                f"calibration {self.calibration!r} is given, and strategy {self.strategy} measures nothing: leave it "
+                f"out, or choose one of {', '.join(MEASURING)}"
+            )
 
     def check_layers(self, num_layers: int) -> None:
         """Refuse layers that a model of `num_layers` layers does not have.
@@ -299,6 +321,20 @@ class StrategySection:
                     )
         if len(self.remove) >= num_layers:
             raise ConfigError(f"all {num_layers} layers cannot be removed: a model keeps at least one; shorten remove")
+        if self.strategy == "contiguous":
+            self._check_block(num_layers)
+
+    def _check_block(self, num_layers: int) -> None:
+        """Refuse a block of layers that the model does not have beside those that are kept."""
+        assert self.max_removed is not None, "it was checked"
+        surviving = [layer for layer in range(num_layers) if layer not in self.remove]
+        span = self.max_removed - len(self.remove)
+        if not removable_blocks(surviving, span, self.keep_layers):
+            raise ConfigError(
+                f"max removed {self.max_removed} is too large for strategy contiguous: the model has {num_layers} "
+                f"layers, {len(surviving)} of them at the start, and no {span} in a row can go that leave "
+                "one layer and all that are kept; lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -407,6 +443,8 @@ class SearchConfig:
             "max_removed": self.strategy.max_removed,
             "remove": list(self.strategy.remove),
             "keep_layers": sorted(self.strategy.keep_layers),
+            # A larger limit goes on with a run, but of this strategy it is another block.
+            **({"block": self.strategy.max_removed} if self.strategy.strategy == "contiguous" else {}),
         }
 
     def to_json(self) -> dict[str, dict[str, Any]]:

@@ -11,9 +11,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.attempt.study import SeedStarted
-from tale_ray.records import Round, Score
+from tale_ray.records import Measurement, Round, Score
 from tale_ray.results.tables import count_text
-from tale_ray.search.driver import HeldOutScored, RoundFinished, RoundSelected, ScoringStarted, SearchEnded
+from tale_ray.search.driver import (
+    HeldOutScored,
+    ModelMeasured,
+    RoundFinished,
+    RoundSelected,
+    ScoringStarted,
+    SearchEnded,
+)
 from tale_ray.search.pool import ScoringAdvanced, UnitDoubled, UnitRetried, WorkersChanged
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.uris import strip_credentials
@@ -91,6 +98,8 @@ class Display:
                     self._say(f"{scoring.scope}: {done_cells} of {total_cells} candidate-rows are there")
             case ScoringAdvanced():
                 self._advance(event)
+            case ModelMeasured(_, measurement):
+                self._say(_measurement_line(measurement))
             case RoundFinished(entry, history):
                 self._say(_round_line(entry))
             case UnitRetried(unit, scope, reason):
@@ -145,6 +154,17 @@ def _round_line(entry: Round) -> str:
         return f"baseline: {score}"
     verdict = "removed" if entry.committed else "kept, its removal falls below the floor"
     return f"round {entry.number}: layer {entry.removed_layer} {verdict}, {score}"
+
+
+def _measurement_line(measurement: Measurement) -> str:
+    probe = measurement.probe
+    count, size = len(probe.layers), count_text(probe.span, "layer")
+    is_block = probe.measure == "angular_distance"
+    of_what = count_text(count, f"block of {size}", f"blocks of {size}") if is_block else count_text(count, "layer")
+    return (
+        f"measured: {probe.measure.replace('_', ' ')} of {of_what} on "
+        f"{count_text(measurement.num_rows, 'row')} in {measurement.seconds:.1f} s"
+    )
 
 
 def _accuracy(score: Score) -> str:

@@ -13,6 +13,7 @@ from tale_ray.errors import ModelError, TaskError
 
 SplitName: TypeAlias = Literal["shots", "search", "select", "test", "finetune"]
 CandidateStatus: TypeAlias = Literal["exact", "bounded_out"]
+Measure: TypeAlias = Literal["block_influence", "angular_distance", "log_perplexity"]
 Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
 
 
@@ -184,6 +185,27 @@ class UnitResult:
     layer_applications: int  # rows times layers run; batching and new tokens are in
     seconds: float
     worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a strategy asks to be measured of a model on calibration rows: one number for each of some layers."""
+
+    measure: Measure
+    removed: tuple[int, ...]  # layers that the model does without
+    layers: tuple[int, ...]
+    span: int = 1  # of angular distances: surviving layers in the block that begins with each of `layers`
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a probe came to. A pure function of the probe and the rows, but for rounding errors and seconds."""
+
+    probe: Probe
+    values: tuple[float | None, ...]  # by layer of the probe; None: not a finite number
+    num_rows: int
+    num_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

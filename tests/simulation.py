@@ -9,7 +9,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from tale_ray.records import CandidateAnswers, Example, ModelInfo, PromptRow, RowAnswer, UnitResult, WorkUnit
+from tale_ray.records import (
+    CandidateAnswers,
+    Example,
+    Measurement,
+    ModelInfo,
+    Probe,
+    PromptRow,
+    RowAnswer,
+    UnitResult,
+    WorkUnit,
+)
 from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined, WorkerLost
 from tale_ray.search.instructions import Instruction, Submit
 from tale_ray.search.scheduler import Scoring
@@ -51,6 +61,12 @@ class Table:
         )
 
 
+def measured(seed: int, probe: Probe) -> tuple[float, ...]:
+    """A number for each layer of a probe: a pure function of a seed."""
+    digests = (hashlib.sha256(f"{seed}:{probe}:{layer}".encode()).digest() for layer in probe.layers)
+    return tuple(int.from_bytes(digest[:4], "big") / 2**32 for digest in digests)
+
+
 def removed_by(unit: WorkUnit, layer: int | None) -> tuple[int, ...]:
     return unit.removed if layer is None else (*unit.removed, layer)
 
@@ -65,6 +81,7 @@ class SimulatedExecutor:
     seed: int = 0
     poison: Collection[int] = ()  # rows whose units always fail
     scored: list[WorkUnit] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)  # that were measured
     units_per_worker: int = 2
     _queue: list[tuple[str, WorkUnit]] = field(default_factory=list)
     _absent: list[str] = field(default_factory=list)
@@ -80,6 +97,10 @@ class SimulatedExecutor:
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
         return tuple(PromptRow(token_ids=(1, 2, 3), target=example.target) for example in examples)
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        self.probes.append(probe)
+        return Measurement(probe, measured(self.table.seed, probe), len(rows), sum(map(len, rows)), 0.0)
 
     def share(self, questions: Questions) -> None: ...
 

@@ -1,6 +1,7 @@
 """What a configuration accepts, what it refuses and with which words, and that it survives its JSON."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -147,7 +148,10 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (StrategySection, {"epsilon": 0.08}, "epsilon 0.08 is not a text"),
     (StrategySection, {"exhaustive": "no"}, "exhaustive 'no' is not true or false"),
     (StrategySection, {"remove": 3}, "remove 3 is not a list of layers"),
-    (StrategySection, {"strategy": "random"}, "strategy 'random' is not known"),
+    (StrategySection, {"strategy": "greedy"}, "strategy 'greedy' is not known: choose one of tale, sleb"),
+    (StrategySection, {"strategy": "Block-Influense"}, "is not known: did you mean block_influence? Choose one of"),
+    (StrategySection, {"strategy": "contiguous"}, "strategy contiguous needs max removed"),
+    (StrategySection, {"calibration": "c.txt"}, "strategy tale measures nothing: leave it out, or choose one of sleb"),
     (StrategySection, {"epsilon_mode": "last"}, "epsilon mode 'last' is not known: choose one of baseline, current"),
     (StrategySection, {"max_removed": -1}, "max removed -1 is too small: it is at least 0"),
     (StrategySection, {"remove": (-1,)}, "remove: layer -1 does not exist: layers are numbered from 0"),
@@ -280,6 +284,46 @@ def test_a_configuration_survives_its_json(config: SearchConfig) -> None:
     assert again == config
     assert list(again.task.shares.items()) == list(config.task.shares.items())
     assert again.decision_options() == config.decision_options()
+
+
+def test_strategies_beside_tale_leave_the_identity_of_its_runs() -> None:
+    tale = SearchConfig(model=ModelSection(model="m"), task=TaskSection(task="t"))
+    assert tale.decision_options() == {
+        "dtype": "float32",
+        "seed": 0,
+        "strategy": "tale",
+        "epsilon": "0.08",
+        "epsilon_mode": "baseline",
+        "max_removed": None,
+        "remove": [],
+        "keep_layers": [],
+    }
+    block = replace(tale, strategy=StrategySection(strategy="contiguous", max_removed=3)).decision_options()
+    assert block == {**tale.decision_options(), "strategy": "contiguous", "max_removed": 3, "block": 3}
+    old = tale.to_json()
+    del old["strategy"]["calibration"]
+    assert SearchConfig.from_json(old) == tale
+
+
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [
+        ({"max_removed": 3}, True),
+        ({"max_removed": 4}, False),
+        ({"max_removed": 0}, True),
+        ({"max_removed": 2, "keep_layers": (1,)}, True),
+        ({"max_removed": 3, "keep_layers": (1,)}, False),
+        ({"max_removed": 3, "remove": (1,)}, True),
+        ({"max_removed": 4, "remove": (1,)}, False),
+    ],
+)
+def test_a_block_of_layers_has_to_be_there(values: dict[str, Any], fits: bool) -> None:
+    section = StrategySection(strategy="contiguous", **values)
+    if fits:
+        section.check_layers(4)
+        return
+    with pytest.raises(ConfigError, match="too large for strategy contiguous: the model has 4 layers"):
+        section.check_layers(4)
 
 
 @given(configs, configs)

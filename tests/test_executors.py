@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.cluster.worker import Worker
 from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.engine.measure import measure
 from tale_ray.engine.score import Scorer
 from tale_ray.errors import ConfigError, InfeasibleError, ModelError, TaskError
 from tale_ray.model.load import LoadedModel, load_model
-from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import Example, ModelInfo, Probe, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Executor, Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined
 from tale_ray.tasks.prompts import encode
 from tale_ray.tasks.spec import AnswerSpec
@@ -148,6 +149,42 @@ def test_a_prompt_that_the_template_rejects(executor: Executor) -> None:
     with pytest.raises(TaskError, match="not this"):
         executor.encode([example("t3"), example("bad")])
     assert len(executor.encode([example("t3")])) == 1
+
+
+PROBES = [
+    Probe("block_influence", (1,), (0, 2, 3)),
+    Probe("angular_distance", (), (0, 1, 2), span=2),
+    Probe("log_perplexity", (3,), (0, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=[probe.measure for probe in PROBES])
+def test_what_is_measured_is_what_the_engine_measures(executor: Executor, loaded: LoadedModel, probe: Probe) -> None:
+    direct = measure(loaded, Scorer(loaded), probe, tiny_prompts(6))
+    found = executor.measure(probe, tiny_prompts(6))
+    assert found.values == pytest.approx(direct.values, abs=1e-6)
+    assert replace(found, values=(), seconds=0.0) == replace(direct, values=(), seconds=0.0)
+    assert found.seconds > 0
+
+
+def test_what_cannot_be_measured_is_refused(executor: Executor) -> None:
+    with pytest.raises(ModelError, match="layer 7"):
+        executor.measure(Probe("log_perplexity", (), (7,)), tiny_prompts(6))
+    with pytest.raises(ConfigError, match="no calibration text"):
+        executor.measure(PROBES[0], [])
+
+
+def test_measuring_between_units(executor: Executor, worker: str, loaded: LoadedModel) -> None:
+    """Units that are queued are not lost, and answer what they would have answered."""
+    executor.submit(worker, unit(11))
+    for probe in PROBES:
+        executor.measure(probe, tiny_prompts(6, seed=1))
+    executor.submit(worker, unit(12))
+    events = poll_until(executor, 2, UnitDone)
+    assert [event.result.unit.number for event in events] == [11, 12]
+    for event in events:
+        direct = Scorer(loaded).score(event.result.unit, QUESTIONS.rows["search"], QUESTIONS.answer, 3, "direct")
+        assert without_seconds(event.result) == without_seconds(direct)
 
 
 def test_queued_units_answer_what_the_engine_answers(executor: Executor, worker: str, loaded: LoadedModel) -> None:

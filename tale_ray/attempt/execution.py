@@ -6,7 +6,7 @@ from tale_ray.attempt.rows import PreparedRows
 from tale_ray.cluster.authentication import protect_private_cluster
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.config import SearchConfig
-from tale_ray.records import ModelInfo, PromptRow, SplitName
+from tale_ray.records import Example, ModelInfo, PromptRow, SplitName
 from tale_ray.search.executor import Executor, Questions
 from tale_ray.tasks.prompts import digest_tokens
 
@@ -42,6 +42,20 @@ def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo
     for prompt_rows in rows.values():
         info.check_rows(prompt_rows, prepared.spec.max_new_tokens)
     return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
+
+
+def encode_calibration(
+    executor: Executor, calibration: Sequence[Example], info: ModelInfo
+) -> tuple[tuple[int, ...], ...]:
+    """Return rows of calibration text as tokens of the loaded model; nothing of no rows.
+
+    Raises:
+        TaskError: a row is too long for the model.
+        ModelError: a row has a token that the model has no embedding for.
+    """
+    rows = executor.encode(calibration) if calibration else ()
+    info.check_rows(rows, max_new_tokens=1)
+    return tuple(row.token_ids for row in rows)
 
 
 def token_digests(rows: Mapping[SplitName, Sequence[PromptRow]]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,17 +11,26 @@ from typing import Any
 from tale_ray.attempt.rows import PreparedRows
 from tale_ray.config import SearchConfig
 from tale_ray.paths import existing
+from tale_ray.records import Example
 from tale_ray.tasks.splits import digest_rows
 
 
-def run_identity(config: SearchConfig, prepared: PreparedRows, model_digest: str) -> dict[str, Any]:
-    """Return the identity as flat JSON values, so that two of them can be compared line by line."""
+def run_identity(
+    config: SearchConfig, prepared: PreparedRows, model_digest: str, calibration: Sequence[Example] = ()
+) -> dict[str, Any]:
+    """Return the identity as flat JSON values, so that two of them can be compared line by line.
+
+    `calibration` are the rows of a file of calibration text; none where the model is measured on the search rows, or
+    not at all.
+    """
     task = {f"task.{name}": value for name, value in prepared.spec.identity().items()}
     rows = {
         f"rows.{split}": f"{len(examples)} rows, SHA-256 {digest_rows([example.digest for example in examples])}"
         for split, examples in prepared.splits.items()
         if split != "finetune"  # decides nothing
     }
+    if calibration:
+        rows["calibration"] = f"{len(calibration)} rows, SHA-256 {digest_rows([each.digest for each in calibration])}"
     return {"model": model_digest, **config.decision_options(), **task, **rows}
 
 
@@ -64,6 +73,7 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
     """Return the configuration with existing folders and files made absolute, so that it means the same elsewhere."""
     model, task = config.model.model, config.task.task
     data_root, include_path = config.task.data_root, config.task.include_path
+    calibration = config.strategy.calibration
     return replace(
         config,
         model=replace(config.model, model=model if model == "bundled" else _absolute(model, Path.is_dir)),
@@ -72,6 +82,9 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
             task=_absolute(task, Path.is_file),
             data_root=None if data_root is None else _absolute(data_root, Path.is_dir),
             include_path=None if include_path is None else _absolute(include_path, Path.is_dir),
+        ),
+        strategy=replace(
+            config.strategy, calibration=None if calibration is None else _absolute(calibration, Path.is_file)
         ),
     )
 

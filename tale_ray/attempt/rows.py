@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tale_ray.config import TaskSection
+from tale_ray.config import StrategySection, TaskSection
 from tale_ray.errors import TaskError
 from tale_ray.records import Example, SplitName
+from tale_ray.tasks.calibration import load_calibration
 from tale_ray.tasks.data import Row, load_rows, load_shots
 from tale_ray.tasks.harness import PREFIX as HARNESS
 from tale_ray.tasks.harness import load_harness_task
@@ -98,6 +99,15 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         shots=tuple(example for group in sorted(shots) if group in used for example in shots[group]),
         finetune=render_rows(spec, [rows[position] for position in positions.get("finetune", ())]),
     )
+
+
+def calibration_rows(section: StrategySection) -> tuple[Example, ...]:
+    """Return the rows of the file that a model is measured on; none if it is measured on the search rows, or not.
+
+    Raises:
+        TaskError: the file cannot be read, or holds no text.
+    """
+    return () if section.calibration is None else load_calibration(section.calibration)
 
 
 def _prepare_harness_rows(section: TaskSection) -> PreparedRows:

@@ -15,15 +15,22 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from tale_ray.attempt.execution import encode_questions, make_executor, make_metrics, similar_ranks, token_digests
+from tale_ray.attempt.execution import (
+    encode_calibration,
+    encode_questions,
+    make_executor,
+    make_metrics,
+    similar_ranks,
+    token_digests,
+)
 from tale_ray.attempt.identity import differences, identity_digest, run_identity, with_absolute_paths
 from tale_ray.attempt.request import check_request
-from tale_ray.attempt.rows import PreparedRows, prepare_rows
+from tale_ray.attempt.rows import PreparedRows, calibration_rows, prepare_rows
 from tale_ray.cluster.machine import installed_versions
 from tale_ray.config import SearchConfig
 from tale_ray.errors import BaselineZero, Interrupted, LeaseLost, StorageAway, StoreError
 from tale_ray.model.digest import digest_model, model_folder
-from tale_ray.records import ModelInfo, SplitName, StopReason
+from tale_ray.records import Example, ModelInfo, SplitName, StopReason
 from tale_ray.results.held_out import held_out_results, selected_result
 from tale_ray.results.statistics import recommend
 from tale_ray.results.summary import stop_reason, stored_history
@@ -82,6 +89,7 @@ class SearchPlan:
     prepared: PreparedRows
     identity: Mapping[str, Any] | None  # None: the model is at a hub, and only workers can say what it is
     run: str | None  # None: named by the identity
+    calibration: tuple[Example, ...] = ()  # of a file; empty: the prompts of the search rows
 
 
 def plan_search(config: SearchConfig) -> SearchPlan:
@@ -92,15 +100,17 @@ def plan_search(config: SearchConfig) -> SearchPlan:
     """
     config = with_absolute_paths(config)
     prepared = prepare_rows(config.task)
+    calibration = calibration_rows(config.strategy)
     check_request(config)
     folder = model_folder(config.model.model)
-    identity = run_identity(config, prepared, digest_model(folder, config.model.gguf)) if folder else None
+    model = digest_model(folder, config.model.gguf) if folder else None
+    identity = None if model is None else run_identity(config, prepared, model, calibration)
     run = config.storage.run
     if run is None and identity is not None:
         run = _default_run(prepared, identity)
     if run is not None:
         _check_mode(RunReader(run), config, identity)
-    return SearchPlan(config=config, prepared=prepared, identity=identity, run=run)
+    return SearchPlan(config=config, prepared=prepared, identity=identity, run=run, calibration=calibration)
 
 
 def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[AttemptEvent]:
@@ -139,13 +149,14 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         yield ModelLoaded(info)
         config.strategy.check_layers(info.num_layers)
 
-        identity = run_identity(config, prepared, info.digest)
+        identity = run_identity(config, prepared, info.digest, plan.calibration)
         if writer is None:
             run = _default_run(prepared, identity)
             _check_mode(RunReader(run), config, identity)
             writer = stack.enter_context(_claim(run, interruption))
         with interruption.breakable():
             questions = encode_questions(executor, prepared, info)
+            calibration = encode_calibration(executor, plan.calibration, info)
             executor.share(questions)
         manifest = _manifest(config, prepared, identity, info, token_digests(questions.rows))
         _adopt(writer, manifest)
@@ -154,7 +165,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         yield RunOpened(run, writer.attempt, history)
         writer.update_attempt(load_seconds=info.load_seconds)
         driver = Driver(
-            strategy=make_strategy(config.strategy),
+            strategy=make_strategy(config.strategy, config.task.seed),
             history=history,
             examples=prepared.examples,
             pool=Pool(executor, interruption),
@@ -162,6 +173,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
             recommend=recommend,
             loaded_at=loaded_at,
             similar={split: similar_ranks(rows) for split, rows in questions.rows.items()},
+            calibration=calibration or tuple(row.token_ids for row in questions.rows["search"]),
             exhaustive=config.strategy.exhaustive,
             max_new_tokens=questions.max_new_tokens,
             is_streamed=info.is_streamed,

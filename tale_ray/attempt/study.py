@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from tale_ray.attempt.identity import run_identity, with_absolute_paths
 from tale_ray.attempt.request import check_request
-from tale_ray.attempt.rows import prepare_rows
+from tale_ray.attempt.rows import calibration_rows, prepare_rows
 from tale_ray.attempt.search import RUNS_FOLDER, AttemptEvent, RunOpened, run_name, run_search
 from tale_ray.config import SearchConfig
 from tale_ray.errors import BaselineZero
@@ -94,7 +94,7 @@ def _default_study(first: SearchConfig, seeds: Sequence[int]) -> str:
     check_request(first)
     folder = model_folder(first.model.model)
     model = digest_model(folder, first.model.gguf) if folder else f"{first.model.model}@{first.model.revision}"
-    name = run_name(prepared, run_identity(first, prepared, model))
+    name = run_name(prepared, run_identity(first, prepared, model, calibration_rows(first.strategy)))
     return f"{RUNS_FOLDER}/{name}-seeds-{'-'.join(map(str, seeds))}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tale_ray.cluster.nodes import Place, here
 from tale_ray.config import ModelSection, ResourceSection
-from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import Example, Measurement, ModelInfo, Probe, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 
 
@@ -46,6 +46,11 @@ class WorkerActor:
         """Return the examples as token ids."""
         rows: tuple[PromptRow, ...] = self._worker.encode(examples)
         return rows
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to on rows of tokens."""
+        measurement: Measurement = self._worker.measure(probe, rows)
+        return measurement
 
     def share(self, questions: Questions) -> None:
         """Take the questions that units refer to."""

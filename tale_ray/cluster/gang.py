@@ -21,7 +21,7 @@ from tale_ray.cluster.actor import Scored, WorkerActor
 from tale_ray.cluster.nodes import Place, here, last_words
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import TaleRayError
-from tale_ray.records import ModelInfo, UnitResult, WorkUnit
+from tale_ray.records import Measurement, ModelInfo, Probe, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 
 Answer = TypeVar("Answer")
@@ -138,6 +138,18 @@ class GangLead(GangMember):
             lambda member, rank: member.load_part.remote(rank, port, section, dtype, halvings),
         )
         return info
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what the lead finds of a probe that all members compute together.
+
+        Raises:
+            GangBroken: a member is lost.
+        """
+        measurement, _ = self._together(
+            lambda: WorkerActor.measure(self, probe, rows),
+            lambda member, _rank: member.measure.remote(probe, rows),
+        )
+        return measurement
 
     def share(self, questions: Questions) -> None:
         """Give the questions to all members."""

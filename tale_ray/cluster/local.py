@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, TaleRayError
-from tale_ray.records import Example, ModelInfo, PromptRow, WorkUnit
+from tale_ray.records import Example, Measurement, ModelInfo, Probe, PromptRow, WorkUnit
 from tale_ray.search.executor import Questions, UnitDone, UnitFailed, WorkerEvent, WorkerJoined
 
 LOCAL_WORKER = "local"
@@ -47,6 +47,10 @@ class LocalExecutor:
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
         """Return the examples as token ids."""
         return self._worker.encode(examples)
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to on rows of tokens."""
+        return self._worker.measure(probe, rows)
 
     def share(self, questions: Questions) -> None:
         """Give the questions to the worker."""

@@ -9,7 +9,7 @@ transformers.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from tale_ray.cluster.gang import GangBroken, GangOutOfMemory, end_worker, start
 from tale_ray.cluster.nodes import Nodes, Place, last_words
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, ModelError, TaleRayError, WorkersLost
-from tale_ray.records import Example, ModelInfo, PromptRow, WorkUnit
+from tale_ray.records import Example, Measurement, ModelInfo, Probe, PromptRow, WorkUnit
 from tale_ray.search.executor import (
     Questions,
     UnitDone,
@@ -95,6 +95,7 @@ class RayExecutor:
         self._unplaced_since: float | None = None
         self._first_joined_at: float | None = None
         self._missing_told = False
+        self._untold: list[WorkerEvent] = []  # that happened outside of `poll`, which tells them
 
     # The Executor protocol.
 
@@ -114,19 +115,13 @@ class RayExecutor:
 
     def encode(self, examples: Sequence[Example]) -> tuple[PromptRow, ...]:
         """Return the examples as token ids, by the first worker that has loaded."""
-        while True:
-            slot = self._loaded_slot()
-            call = slot.actor.encode.remote(examples)
-            while not ray.wait([call], timeout=POLL_SECONDS)[0]:
-                self._check_head()
-            try:
-                rows: tuple[PromptRow, ...] = ray.get(call)
-            except RayError as error:
-                if (refusal := _refusal(error)) is not None:
-                    raise refusal from None
-                _log_lost([self._lose(slot, error)])
-            else:
-                return rows
+        rows: tuple[PromptRow, ...] = self._ask(lambda actor: actor.encode.remote(examples))
+        return rows
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to, by the first worker that has loaded; its units come first."""
+        measurement: Measurement = self._ask(lambda actor: actor.measure.remote(probe, rows))
+        return measurement
 
     def share(self, questions: Questions) -> None:
         """Put the questions into the object store once; every worker fetches them before it joins."""
@@ -143,6 +138,9 @@ class RayExecutor:
 
     def poll(self, timeout_seconds: float) -> tuple[WorkerEvent, ...]:
         """Return what the workers have answered; waits for the first answer only."""
+        if self._untold:
+            untold, self._untold = self._untold, []
+            return tuple(untold)
         return tuple(self._collect(timeout_seconds))
 
     def close(self) -> None:
@@ -175,13 +173,35 @@ class RayExecutor:
         slot.placing = slot.actor.place.remote()
         slot.loading = slot.actor.load.remote(self._section, self._dtype, self._halvings)
 
+    def _ask(self, start_call: Callable[[Any], Any]) -> Any:
+        """Return what the actor of the first loaded worker answers to a call; of another one if that is lost."""
+        while True:
+            slot = self._loaded_slot()
+            call = start_call(slot.actor)
+            while not ray.wait([call], timeout=POLL_SECONDS)[0]:
+                self._check_head()
+            try:
+                return ray.get(call)
+            except RayError as error:
+                if (refusal := _refusal(error)) is not None:
+                    raise refusal from None
+                cause = error.cause if isinstance(error, RayTaskError) else None
+                self._note([self._lose(slot, cause if isinstance(cause, GangBroken) else error)])
+
+    def _note(self, events: Sequence[WorkerEvent]) -> None:
+        """Log what happened before anybody polls; keep for the next poll what happened since."""
+        if self._questions is None:
+            _log_lost(events)
+        else:
+            self._untold += events
+
     def _loaded_slot(self) -> _Slot:
         """Return a worker that has loaded the model; wait for one if need be. Loading may take any time."""
         while True:
             for slot in self._slots:
                 if slot.info is not None:
                     return slot
-            _log_lost(self._collect(POLL_SECONDS))
+            self._note(self._collect(POLL_SECONDS))
 
     def _check_places(self) -> None:
         """Refuse to wait any longer for the place of the only workers, be they the first or replacements.

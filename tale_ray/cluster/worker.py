@@ -6,23 +6,26 @@ Only this module and `process_group` import torch in this room; they are importe
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from tale_ray.cluster.process_group import least_budget
 from tale_ray.config import ModelSection, ResourceSection
+from tale_ray.engine.measure import measure
 from tale_ray.engine.score import Scorer
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.model.placement import worker_placement
 from tale_ray.model.streaming import should_stream
-from tale_ray.records import Example, ModelInfo, PromptRow, UnitResult, WorkUnit
+from tale_ray.records import Example, Measurement, ModelInfo, Probe, PromptRow, UnitResult, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.tasks.harness import load_for_scoring
 from tale_ray.tasks.prompts import chat_notes, encode_example
 
 logger = logging.getLogger("tale_ray.cluster")
+Answer = TypeVar("Answer")
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
@@ -90,16 +93,29 @@ class Worker:
             ConfigError: not even one row fits.
             torch.cuda.OutOfMemoryError: memory ran out, of a member of a gang: the others do not know.
         """
-        assert self._questions is not None, "questions are shared before units are submitted"
+        questions = self._questions
+        assert questions is not None, "questions are shared before units are submitted"
+        return self._within_memory(
+            lambda: self._scorer.score(
+                unit, questions.rows[unit.split], questions.answer, questions.max_new_tokens, self._name
+            )
+        )
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to on rows of tokens; in smaller batches if memory runs out.
+
+        Raises:
+            ConfigError: there is nothing to measure on, or not even one row fits.
+            ModelError: the model cannot be measured so.
+            TaskError: a row is too long for the model.
+            torch.cuda.OutOfMemoryError: as of `score`.
+        """
+        return self._within_memory(lambda: measure(self._loaded, self._scorer, probe, rows))
+
+    def _within_memory(self, compute: Callable[[], Answer]) -> Answer:
         while True:
             try:
-                return self._scorer.score(
-                    unit,
-                    self._questions.rows[unit.split],
-                    self._questions.answer,
-                    self._questions.max_new_tokens,
-                    self._name,
-                )
+                return compute()
             except torch.cuda.OutOfMemoryError:
                 if self._is_member:
                     raise

@@ -93,6 +93,10 @@ class Scorer:
         for prefix, keys in self._prompt_groups(rows):
             self._demand.cut((), (None,), max(len(key_tokens(rows, key)) for key in keys), len(prefix))
 
+    def forget(self) -> None:
+        """Forget the states of rows, which are known by their positions: other rows are asked next."""
+        self._memory = StateMemory()
+
     def halve_budget(self) -> None:
         """Work in half the memory from now on, after the device had too little."""
         self._prefixes.clear()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tale_ray.config import SearchConfig
-from tale_ray.records import CandidateScore, Round, Score, SplitName, StopReason, Work
+from tale_ray.records import CandidateScore, Measurement, Round, Score, SplitName, StopReason, Work
 from tale_ray.results.held_out import compared_results, held_out_results, optimism_by_result, selected_result
 from tale_ray.search.history import History
 from tale_ray.search.strategy import make_strategy
@@ -19,15 +19,16 @@ SHOWN_SPLITS: tuple[SplitName, ...] = ("shots", "search", "select", "test")
 
 
 def stored_history(reader: RunReader, manifest: Manifest) -> History:
-    """Return the finished rounds of a run."""
-    return _history(reader.rounds(), manifest)
+    """Return the finished rounds of a run, and what was measured for them."""
+    return _history(reader.rounds(), manifest, reader.measurements())
 
 
-def _history(rounds: Sequence[StoredRound], manifest: Manifest) -> History:
+def _history(rounds: Sequence[StoredRound], manifest: Manifest, measurements: tuple[Measurement, ...] = ()) -> History:
     return History.of(
         (stored.round for stored in rounds),
         num_layers=manifest.model["num_layers"],
         start=SearchConfig.from_json(manifest.config).strategy.remove,
+        measurements=measurements,
     )
 
 
@@ -35,7 +36,7 @@ def stop_reason(history: History, config: SearchConfig) -> StopReason | None:
     """Return why no round follows, or None if one does."""
     if not history.rounds:
         return None
-    proposal = make_strategy(config.strategy).propose(history)
+    proposal = make_strategy(config.strategy, config.task.seed).propose(history)
     return proposal if isinstance(proposal, StopReason) else None
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from tale_ray.errors import BaselineZero
-from tale_ray.records import CandidateScore, Example, Round, Score, SplitName, StopReason, Work
+from tale_ray.records import CandidateScore, Example, Measurement, Probe, Round, Score, SplitName, StopReason, Work
 from tale_ray.search.history import History
 from tale_ray.search.instructions import Keep
 from tale_ray.search.pace import Pace
@@ -49,6 +49,14 @@ class UnitStored:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelMeasured:
+    """What the strategy asked to be measured before it decides the round is in the store."""
+
+    round: int
+    measurement: Measurement
+
+
+@dataclass(frozen=True, slots=True)
 class RoundFinished:
     """A round is in the store."""
 
@@ -81,7 +89,14 @@ class HeldOutScored:
 
 
 SearchEvent: TypeAlias = (
-    ScoringStarted | PoolEvent | UnitStored | RoundFinished | SearchEnded | RoundSelected | HeldOutScored
+    ScoringStarted
+    | PoolEvent
+    | UnitStored
+    | ModelMeasured
+    | RoundFinished
+    | SearchEnded
+    | RoundSelected
+    | HeldOutScored
 )
 Recommend: TypeAlias = Callable[
     [Sequence[Score]], int
@@ -118,6 +133,7 @@ class Driver:
         recommend: Recommend,
         loaded_at: float,
         similar: Mapping[SplitName, Sequence[int]] = MappingProxyType({}),
+        calibration: Sequence[tuple[int, ...]] = (),
         exhaustive: bool = False,
         max_new_tokens: int = 1,
         is_streamed: bool = False,
@@ -132,6 +148,7 @@ class Driver:
         self._loaded_at = loaded_at  # time.monotonic() when the first worker had loaded the model
         self._exhaustive = exhaustive
         self._similar = similar
+        self._calibration = calibration  # rows of tokens that strategies measure the model on
         self._pace = Pace(history.num_layers, max_new_tokens, is_streamed=is_streamed)
         self._homes: dict[SplitName, Mapping[int, str]] = {}
         self._sheets: dict[int, AnswerSheet | None] = {}  # read once, by round
@@ -150,15 +167,26 @@ class Driver:
         self._writer.clean()
         if not self.history.rounds:
             yield from self._round(removed=(), candidates=(None,))
-        while not isinstance(candidates := self._strategy.propose(self.history), StopReason):
-            yield from self._round(removed=self.history.removed, candidates=candidates)
-        yield SearchEnded(candidates, self.history)
-        if candidates is StopReason.BASELINE_ZERO:
+        while not isinstance(proposal := self._strategy.propose(self.history), StopReason):
+            if isinstance(proposal, Probe):
+                yield self._measure(proposal)
+            else:
+                yield from self._round(removed=self.history.removed, candidates=proposal)
+        yield SearchEnded(proposal, self.history)
+        if proposal is StopReason.BASELINE_ZERO:
             raise BaselineZero(why_zero(self.history.baseline))
         selected = yield from self._select()
         yield from self._test(self.history.picks | ({} if selected is None else {"selected": selected}))
 
     # Rounds.
+
+    def _measure(self, probe: Probe) -> ModelMeasured:
+        """Measure the model and store what was found, before anything is decided by it."""
+        number = len(self.history.rounds)
+        measurement = self._pool.measure(probe, self._calibration)
+        self._writer.write_measurement(number, measurement)
+        self.history = self.history.with_measurement(measurement)
+        return ModelMeasured(number, measurement)
 
     def _round(self, removed: tuple[int, ...], candidates: tuple[int | None, ...]) -> Iterator[SearchEvent]:
         number = len(self.history.rounds)

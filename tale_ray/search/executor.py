@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from tale_ray.errors import TaleRayError
-from tale_ray.records import Example, ModelInfo, PromptRow, SplitName, UnitResult, WorkUnit
+from tale_ray.records import Example, Measurement, ModelInfo, Probe, PromptRow, SplitName, UnitResult, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 
 
@@ -69,7 +69,10 @@ WorkerEvent: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | UnitDone | 
 
 
 class Executor(Protocol):
-    """Where units are run. Used in this order: connect, load, encode, share, submit and poll; close in any case."""
+    """Where units are run. Used in this order: connect, load, encode, share, submit and poll; close in any case.
+
+    Measuring is possible at any time after loading, between units, too.
+    """
 
     units_per_worker: int  # that a worker is given at once: what waits is chosen before the result that may decide it
 
@@ -95,6 +98,16 @@ class Executor(Protocol):
 
         Raises:
             TaskError: the template rejects a prompt.
+        """
+        ...
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to on rows of tokens, by the first worker that has loaded it.
+
+        Raises:
+            ConfigError: there is nothing to measure on, or not even one row fits into the batch budget.
+            ModelError: the model cannot be measured so.
+            TaskError: a row is too long for the model.
         """
         ...
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from tale_ray.records import Round, Score
+from tale_ray.records import Measurement, Probe, Round, Score
 
 
 @dataclass(frozen=True)
@@ -13,22 +13,29 @@ class History:
     """The finished rounds of a run, round 0 (the full model) first.
 
     `start` are the layers that the search does without from round 1 on. `rejected` is the last round if its winner
-    fell below the floor: it removed nothing.
+    fell below the floor: it removed nothing. `measurements` are those of the model that strategies have asked for.
     """
 
     num_layers: int
     start: tuple[int, ...] = ()
     rounds: tuple[Round, ...] = ()  # committed
     rejected: Round | None = None
+    measurements: tuple[Measurement, ...] = ()
 
     def __post_init__(self) -> None:
         assert [entry.number for entry in self.rounds] == list(range(len(self.rounds)))
         assert all(len(late.removed) > len(early.removed) for early, late in pairwise(self.rounds))
 
     @staticmethod
-    def of(finished: Iterable[Round], *, num_layers: int, start: tuple[int, ...]) -> "History":
+    def of(
+        finished: Iterable[Round],
+        *,
+        num_layers: int,
+        start: tuple[int, ...],
+        measurements: tuple[Measurement, ...] = (),
+    ) -> "History":
         """Return the history of finished rounds, given in order."""
-        history = History(num_layers=num_layers, start=start)
+        history = History(num_layers=num_layers, start=start, measurements=measurements)
         for entry in finished:
             history = history.with_round(entry)
         return history
@@ -53,6 +60,14 @@ class History:
         if entry.committed:
             return replace(self, rounds=(*self.rounds, entry), rejected=None)
         return replace(self, rejected=entry)
+
+    def with_measurement(self, entry: Measurement) -> "History":
+        """Return the history with one more measurement of the model."""
+        return replace(self, measurements=(*self.measurements, entry))
+
+    def measurement(self, probe: Probe) -> Measurement | None:
+        """Return what a probe came to; None: it was not measured yet."""
+        return next((entry for entry in self.measurements if entry.probe == probe), None)
 
     # The three results of a search (TALE, arXiv 2510.22767).
 

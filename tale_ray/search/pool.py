@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from tale_ray.errors import PoisonUnit
-from tale_ray.records import CandidateScore, UnitResult, WorkUnit
+from tale_ray.records import CandidateScore, Measurement, Probe, UnitResult, WorkUnit
 from tale_ray.search.executor import Executor, UnitFailed, WorkerEvent, WorkerJoined, WorkerLeaving, WorkerLost
 from tale_ray.search.instructions import Double, GiveUp, Instruction, Keep, Retry, Submit, Tick
 from tale_ray.search.interruption import Interruption
@@ -75,6 +75,16 @@ class Pool:
     def now(self) -> float:
         """Return the seconds on the clock that schedulers are told."""
         return self._clock()
+
+    def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+        """Return what a probe of the model comes to on rows of tokens.
+
+        Raises:
+            Interrupted: asked to stop.
+            TaleRayError: the model cannot be measured so.
+        """
+        with self._interruption.breakable():
+            return self._executor.measure(probe, rows)
 
     def scheduler(
         self,

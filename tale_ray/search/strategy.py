@@ -1,7 +1,8 @@
 """Which candidates a round scores, and what is made of their scores: two pure functions of history.
 
 `Tale` is task-aware layer elimination (TELL-TALE, arXiv 2510.22767). All decisions are made on integers and exact
-fractions; in floats 55 - 0.08 * 100 is above 47, and a search would stop a layer early.
+fractions; in floats 55 - 0.08 * 100 is above 47, and a search would stop a layer early. The other strategies remove
+layers in an order of their own (see `orders`), one candidate a round, down to the same floor.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from fractions import Fraction
 from typing import Protocol
 
 from tale_ray.config import EpsilonMode, StrategySection, parse_epsilon
-from tale_ray.records import CandidateScore, Score, StopReason
+from tale_ray.records import CandidateScore, Probe, Score, StopReason
+from tale_ray.search import orders
 from tale_ray.search.history import History
 
 
@@ -25,8 +27,11 @@ class Decision:
 class Strategy(Protocol):
     """A search strategy. Implementations are frozen and keep no state: everything they know is the history."""
 
-    def propose(self, history: History) -> tuple[int, ...] | StopReason:
-        """Return the layers whose removal the next round scores, or why there is no next round."""
+    def propose(self, history: History) -> tuple[int, ...] | Probe | StopReason:
+        """Return the layers whose removal the next round scores, or why there is no next round.
+
+        Or what has to be measured of the model first: then it is asked again, with a history that has the measurement.
+        """
         ...
 
     def race_floor(self, history: History) -> Fraction | None:
@@ -83,11 +88,49 @@ class Tale:
         return correct >= self.floor(history)
 
 
-def make_strategy(section: StrategySection) -> Strategy:
-    """Return the strategy that a configuration describes."""
-    return Tale(
+@dataclass(frozen=True, slots=True)
+class InOrder:
+    """Removal of one layer after another in an order of its own, with the floor and the ends of TALE."""
+
+    limits: Tale
+    order: orders.Order
+
+    def propose(self, history: History) -> tuple[int, ...] | Probe | StopReason:
+        """Return the next layer of the order, what has to be measured to know it, or why the search ends."""
+        candidates = self.limits.propose(history)
+        if isinstance(candidates, StopReason):
+            return candidates
+        found = self.order(history, candidates)
+        return found if isinstance(found, Probe) else (found,)
+
+    def decide(self, history: History, scores: Sequence[CandidateScore]) -> Decision:
+        """Return the only candidate, and whether it reaches the floor."""
+        return self.limits.decide(history, scores)
+
+    def race_floor(self, history: History) -> Fraction | None:  # noqa: ARG002
+        """Return None: there is nobody to race with."""
+        return None
+
+
+def make_strategy(section: StrategySection, seed: int = 0) -> Strategy:
+    """Return the strategy that a configuration describes; the seed decides the random order."""
+    tale = Tale(
         epsilon=parse_epsilon(section.epsilon),
         epsilon_mode=section.epsilon_mode,
         max_removed=section.max_removed,
         keep_layers=frozenset(section.keep_layers),
     )
+    match section.strategy:
+        case "tale":
+            return tale
+        case "reverse":
+            return InOrder(tale, orders.deepest_first)
+        case "random":
+            return InOrder(tale, orders.in_random_order(seed))
+        case "block_influence":
+            return InOrder(tale, orders.least_influential_first)
+        case "sleb":
+            return InOrder(tale, orders.least_perplexity_first)
+        case "contiguous":
+            assert section.max_removed is not None, "the section was checked"
+            return InOrder(tale, orders.of_nearest_block(section.max_removed, tale.keep_layers))

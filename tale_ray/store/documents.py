@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold: manifest, attempts, lease, results; and which names are ours.
+"""What the JSON files of a run hold: manifest, attempts, lease, measurements, results; and which names are ours.
 
 Every file is one object with its schema version. Older versions are read, newer ones refused. Addresses lose their
 credentials on the way to a file. Does not know where the files are.
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from tale_ray.annotations import fits
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError
+from tale_ray.records import Measure, Measurement, Probe
 from tale_ray.store.uris import strip_all
 
 JSON: TypeAlias = Any  # what json.loads returns
@@ -195,6 +196,31 @@ def load_attempt(data: bytes, path: str) -> AttemptRecord:
         StoreError: truncated, changed, not ours, or written by a newer version.
     """
     return _load(AttemptRecord, data, path, "delete it: only what it says of that attempt is lost")
+
+
+def load_measurement(data: bytes, path: str) -> Measurement:
+    """Return the measurement in a file.
+
+    Raises:
+        StoreError: truncated, changed, not ours, or written by a newer version.
+    """
+    remedy = "delete it and resume: rounds stay as they are, and what decides the next one is measured again"
+    content = parse_json(data, path, remedy)
+    kinds: dict[str, Any] = {"probe": Mapping[str, JSON], "values": list[float | None]}
+    check_fields(content, {**kinds, "num_rows": int, "num_tokens": int, "seconds": float}, path, remedy)
+    kinds = {"measure": Measure, "removed": list[int], "layers": list[int], "span": int}
+    probe = content["probe"]
+    check_fields(probe, kinds, path, remedy)
+    if len(content["values"]) != len(probe["layers"]):
+        count = f"{len(content['values'])} values of {len(probe['layers'])} layers"
+        raise StoreError(f"{path} was changed: it has {count}, and every layer has one; {remedy}")
+    return Measurement(
+        probe=Probe(probe["measure"], tuple(probe["removed"]), tuple(probe["layers"]), probe["span"]),
+        values=tuple(content["values"]),
+        num_rows=content["num_rows"],
+        num_tokens=content["num_tokens"],
+        seconds=content["seconds"],
+    )
 
 
 def load_lease(data: bytes, path: str) -> Lease:

@@ -11,12 +11,14 @@ ATTEMPT_FILE = re.compile(r"attempt-(?P<attempt>\d{4,})\.json")
 ROUND_FILE = re.compile(r"round-(?P<round>\d{4,})(?:-attempt-(?P<attempt>\d{4,}))?\.parquet")
 UNIT_FILE = re.compile(r"attempt-(?P<attempt>\d{4,})-unit-(?P<unit>\d{6,})\.parquet")
 ANSWERS_FILE = re.compile(rf"(?P<name>{NAME.pattern})\.parquet")
+MEASUREMENT_FILE = re.compile(r"round-(?P<round>\d{4,})\.json")
 RESULT_FILE = re.compile(rf"(?P<name>{NAME.pattern})\.json")
 FOLDERS = {
     "attempts": ATTEMPT_FILE,
     "rounds": ROUND_FILE,
     "partial": NAME,
     "answers": ANSWERS_FILE,
+    "measurements": MEASUREMENT_FILE,
     "results": RESULT_FILE,
 }
 
@@ -58,6 +60,11 @@ def answers_file(scope: str) -> str:
         StoreError: the scope cannot name a file.
     """
     return f"answers/{_checked(scope)}.parquet"
+
+
+def measurement_file(number: int) -> str:
+    """Return the path of the measurement that decides a round."""
+    return f"measurements/{round_scope(number)}.json"
 
 
 def result_file(name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tale_ray.errors import StoreError
-from tale_ray.records import UnitResult
+from tale_ray.records import Measurement, UnitResult
 from tale_ray.store import layout
 from tale_ray.store.documents import (
     JSON,
@@ -16,6 +16,7 @@ from tale_ray.store.documents import (
     load_attempt,
     load_lease,
     load_manifest,
+    load_measurement,
     parse_json,
 )
 from tale_ray.store.files import Files
@@ -138,6 +139,20 @@ class RunReader:
         data = self._files.read(path)
         return None if data is None else load_sheet(data, self._files.path(path))
 
+    def measurements(self) -> tuple[Measurement, ...]:
+        """Return what was measured of the model, by the round that it decides.
+
+        Raises:
+            StoreError: a file is damaged, or written by a newer version.
+        """
+        matches = sorted(layout.our_names(self._files, "measurements"), key=lambda match: int(match["round"]))
+        paths = [f"measurements/{match.string}" for match in matches]
+        return tuple(
+            load_measurement(data, self._files.path(path))
+            for path in paths
+            if (data := self._files.read(path)) is not None
+        )
+
     def result(self, name: str) -> dict[str, JSON] | None:
         """Return a result as it was written; None if it is not stored.
 
@@ -166,6 +181,7 @@ class RunReader:
             self.unit_results(scope)
         for match in layout.our_names(self._files, "answers"):
             self.answers(match["name"])
+        self.measurements()
         for match in layout.our_names(self._files, "results"):
             self.result(match["name"])
 

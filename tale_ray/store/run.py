@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tale_ray.records import Round, UnitResult, Work
+from tale_ray.records import Measurement, Round, UnitResult, Work
 from tale_ray.store import layout
 from tale_ray.store.documents import JSON, MANIFEST, AttemptRecord, Lease, Manifest, dump_json, format_time
 from tale_ray.store.files import SYSTEM_CLOCK, Clock, Files
@@ -126,6 +126,10 @@ class RunWriter:
     def write_answers(self, sheet: AnswerSheet) -> None:
         """Store the answers of one configuration, replacing older ones of the same scope."""
         self._write(layout.answers_file(sheet.scope), dump_sheet(sheet, self.attempt, self._run_name()))
+
+    def write_measurement(self, number: int, measurement: Measurement) -> None:
+        """Store what was measured of the model before it decides a round, replacing what was measured for that one."""
+        self._write(layout.measurement_file(number), dump_json(measurement))
 
     def write_result(self, name: str, result: Mapping[str, JSON]) -> None:
         """Store a result, replacing an older one of the same name."""
