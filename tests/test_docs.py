@@ -1,14 +1,14 @@
 """Pages lead where they say, and every command of the tutorial runs and prints what is shown, but for the numbers."""
 
 import doctest
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from tale_ray.cli import cli
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -68,21 +68,18 @@ def test_the_comparison_sees_other_words_and_not_other_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_runs_and_prints_what_is_shown(tmp_path: Path) -> None:
+def test_every_command_runs_and_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     commands = examples(TUTORIAL.read_text(encoding="utf-8"))
     assert len(commands) >= 8
-    tale_ray = f"{shlex.quote(sys.executable)} -m tale_ray"
-    environment = {**os.environ, "COLUMNS": "160"}
     for command, expected in commands:
-        assert command.startswith("tale-ray ")
-        done = subprocess.run(
-            command.replace("tale-ray", tale_ray, 1),
-            shell=True,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-        assert agrees(expected, done.stdout), f"{command}\nprints\n{done.stdout}\nand not\n{expected}"
+        line, _, written_to = command.partition(" > ")
+        name, *arguments = shlex.split(line)
+        assert name == "tale-ray"
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 0, f"{command}\n{done.stderr[-2000:]}"
+        if written_to:
+            Path(written_to).write_text(done.stdout, encoding="utf-8")
+        else:
+            assert agrees(expected, done.stdout), f"{command}\nprints\n{done.stdout}\nand not\n{expected}"
