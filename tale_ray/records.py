@@ -260,3 +260,23 @@ class Work:
             self.candidate_rows + other.candidate_rows,
             self.layer_applications + other.layer_applications,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """How long a model took for a batch of prompts: until each had its first new token, and for the tokens after it."""
+
+    first_seconds: float
+    decode_seconds: float
+    first_layer_seconds: tuple[float, ...] = ()  # of it, by layer; empty: layers were not timed
+    decode_layer_seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTimes:
+    """Repeated passes over one batch: by the full model and the pruned one in turns, then by the full one by layer."""
+
+    batch_size: int
+    base: tuple[PassTime, ...]
+    pruned: tuple[PassTime, ...]  # each right after the one of the full model
+    layered: tuple[PassTime, ...]

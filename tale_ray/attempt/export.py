@@ -82,15 +82,15 @@ def run_export(
         from tale_ray.model.export import write_checkpoint  # torch is wanted in this process only now
 
         written = write_checkpoint(section, picked.removed, folder, digest=manifest.model["digest"], dtype=dtype)
-        hub_id = base_model or _hub_id(config.model, section)
-        name = hub_id or Path(section.model).name
+        known = base_model or hub_id(config.model, section)
+        name = known or Path(section.model).name
         facts = CardFacts(
             summary=summarize(reader),
             config=config,
             pick=pick,
             round=picked.number,
             model=name,
-            base_model=hub_id,
+            base_model=known,
             digest=manifest.model["digest"],
             searched_dtype=manifest.model["dtype"],
             dtype=written.dtype,
@@ -171,7 +171,7 @@ def _check_id(repository: str | None) -> None:
         raise ConfigError(f"{repository!r} is no id of the hub ({error}): write it as OWNER/NAME") from None
 
 
-def _hub_id(searched: ModelSection, section: ModelSection) -> str | None:
+def hub_id(searched: ModelSection, section: ModelSection) -> str | None:
     """Return the hub's id of a model: as it was given, or told by its folder in the hub's cache."""
     for model in (searched.model, section.model):
         if model != "bundled" and not Path(model).is_absolute() and model_folder(model) is None:
