@@ -31,7 +31,7 @@ from tale_ray.results.tables import (
 
 NUM_EXAMPLES = 10  # of wins, and of losses, that are shown of each result
 PROMPT_CHARACTERS = 1_200
-REPLY_CHARACTERS = 2_000
+REPLY_CHARACTERS = 1_200
 
 
 def render_page(data: ReportData, prompts: Prompts | None = None) -> str:
