@@ -27,9 +27,23 @@ EVIL = (
     "]]></svg><svg onload=alert(2)>",
 )
 LATENCY = {
-    "base": {"first_token_seconds": 0.125, "tokens_per_second": 80.0},
-    "pruned": {"first_token_seconds": 0.1, "tokens_per_second": 100.0},
+    "batches": [
+        {
+            "batch_size": 8,
+            "first_token": {
+                "seconds": {
+                    "base": {"median": 0.125, "low": 0.12, "high": 0.13},
+                    "pruned": {"median": 0.1, "low": 0.09, "high": 0.11},
+                },
+                "saved": {"measured": {"median": 0.2, "low": 0.1, "high": 0.3}},
+            },
+            "decode": None,
+        }
+    ],
+    "base": {"tokens_per_second": 80.0},
+    "pruned": {"tokens_per_second": 100.0},
     "device": "cpu",
+    "removed": [3, 7],
 }
 TRANSFER = {
     "scores": [

@@ -187,14 +187,17 @@ def test_every_figure_has_a_title_and_a_description(page: Page) -> None:
 
 
 def test_optional_sections(run: Path, page: Page, tmp_path: Path) -> None:
-    assert row_of(page, "first_token_seconds") == ["first_token_seconds", "0.125", "0.1", "0.80"]
+    name = "batch of 8, first token, seconds"
+    assert row_of(page, name) == [name, "0.125 [0.12, 0.13]", "0.1 [0.09, 0.11]", "0.80"]
+    assert row_of(page, "tokens per second") == ["tokens per second", "80", "100", "1.25"]
+    assert "device: cpu; removed: 3, 7." in page.text
     assert row_of(page, "a", "+10.0 (60.0%)") == ["a", "+10.0 (60.0%)", "-5.0 (45.0%)"]
     assert row_of(page, "b", "–") == ["b", "–", "+0.0 (50.0%)"]
     bare = tmp_path / "run"
     write_report_run(bare, how="interrupted")
     assert "Latency" not in report(bare, tmp_path)
     with RunWriter.claim(str(bare)) as writer:
-        writer.write_result("latency", {**LATENCY, "base": 3})
+        writer.write_result("latency", {"base": "quick", "device": LATENCY["device"]})
     broken = command("report", bare, "-o", tmp_path / "x.html")
     assert broken.code == 2
     assert "latency.json" in broken.err

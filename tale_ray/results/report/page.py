@@ -15,6 +15,7 @@ from tale_ray.records import RowAnswer
 from tale_ray.results.held_out import RESULTS
 from tale_ray.results.report import figures
 from tale_ray.results.report.data import ReportData
+from tale_ray.results.report.latency import Measured
 from tale_ray.results.report.prompts import Prompts
 from tale_ray.results.report.texts import Excerpt, excerpt, visible
 from tale_ray.results.report.verdict import ALPHA, verdict
@@ -31,7 +32,7 @@ from tale_ray.results.tables import (
 
 NUM_EXAMPLES = 10  # of wins, and of losses, that are shown of each result
 PROMPT_CHARACTERS = 1_200
-REPLY_CHARACTERS = 2_000
+REPLY_CHARACTERS = 1_200
 
 
 def render_page(data: ReportData, prompts: Prompts | None = None) -> str:
@@ -56,7 +57,7 @@ def render_page(data: ReportData, prompts: Prompts | None = None) -> str:
         "p": p_text,
         "percent": percent,
         "points": points,
-        "number": _number,
+        "measured": _measured,
     }
     return environment.get_template("template.html").render(
         data=data,
@@ -111,8 +112,16 @@ def _reply(answer: RowAnswer) -> Excerpt:
     return excerpt(answer.reply, REPLY_CHARACTERS)
 
 
+def _measured(found: Measured | None) -> str:
+    """Return a measured value with what is read of it, four digits, and its quartiles."""
+    if found is None:
+        return "\u2013"
+    if found.low is None or found.high is None:
+        return _number(found.value)
+    return f"{_number(found.value)} [{_number(found.low)}, {_number(found.high)}]"
+
+
 def _number(value: float) -> str:
-    """Return a measured number with what is read of it: four digits."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 

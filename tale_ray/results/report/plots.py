@@ -107,7 +107,7 @@ def heat_map(found: HeatMap) -> Any:
     from matplotlib.patches import Rectangle
 
     num_rounds, num_layers = len(found.rounds), len(found.cells)
-    figure = new_figure(1.2 + 0.42 * num_rounds, 1.2 + 0.24 * num_layers)
+    figure = new_figure(max(3.2, 1.2 + 0.42 * num_rounds), 1.4 + 0.24 * num_layers)
     axes = figure.subplots()
     for layer, cells in enumerate(found.cells):
         for column, cell in enumerate(cells):
@@ -123,7 +123,7 @@ def heat_map(found: HeatMap) -> Any:
     axes.set_ylim(num_layers, 0)
     axes.set_xticks([column + 0.5 for column in range(num_rounds)], [str(number) for number in found.rounds])
     axes.set_yticks([layer + 0.5 for layer in range(num_layers)], [str(layer) for layer in range(num_layers)])
-    axes.set_xlabel("round (boxed: the winner; *: bounded out; ×: removed before)")
+    axes.set_xlabel("round\nboxed: the winner; *: bounded out;\n×: removed before; –: no candidate")
     axes.set_ylabel("layer")
     axes.tick_params(length=0)
     return figure
