@@ -61,6 +61,7 @@ bench: $(CACHE)/smollm2/config.json
 	$(BIN)/python benchmarks/document.py
 	$(BIN)/python benchmarks/streaming.py --threads 2
 	$(BIN)/python benchmarks/scale.py --validate --smollm2 $(CACHE)/smollm2
+	$(BIN)/python benchmarks/strategies.py --study bundled --study smollm2 --smollm2 $(CACHE)/smollm2
 
 # The reference of all commands, from their own help; the table of plans, from the configurations in tests/data.
 docs: $(STAMP)
