@@ -65,6 +65,7 @@ bench: $(CACHE)/smollm2/config.json
 	$(BIN)/python benchmarks/document.py
 	$(BIN)/python benchmarks/streaming.py --threads 2
 	$(BIN)/python benchmarks/scale.py --validate --smollm2 $(CACHE)/smollm2
+	$(BIN)/python benchmarks/strategies.py --study bundled --study smollm2 --smollm2 $(CACHE)/smollm2
 
 # The site: the reference, written from the code's own help and docstrings, and all pages as HTML in site/.
 docs: $(STAMP)

@@ -135,13 +135,12 @@ def write_page(measured: Mapping[str, Any]) -> None:
         "",
         "Written by `benchmarks/strategies.py` from `benchmarks/measured/strategies.json`.",
         "",
-        "Each strategy chooses layers by the same search rows (epsilon 1, so that none stops early); what it comes to at",
-        "1 to 6 removed layers is scored on the same test rows, which no choice has seen. Accuracies with 95% Wilson",
-        "intervals. Differences from TALE on the same rows in points, with wins and losses, the exact two-sided McNemar",
-        "p-value, and the one that Holm's correction over all comparisons of the table leaves. Calibration text is the",
-        "prompts of the search rows. Nothing is trained after a removal, where the papers of SLEB, ShortGPT and the",
-        "contiguous block report results with or without healing on large models and other text: this says nothing",
-        "about those.",
+        "Each strategy chooses layers by the same search rows (epsilon 1, so that none stops early); what it comes to",
+        "at 1 to 6 removed layers is scored on the same test rows, which no choice has seen. Accuracies have 95%",
+        "Wilson intervals. Differences from TALE on the same rows are in points, with wins/losses, the exact two-sided",
+        "McNemar p-value, and what Holm's correction over all comparisons of a table leaves of it. Calibration text is",
+        "the prompts of the search rows. Nothing is trained after a removal. The papers of the other strategies report",
+        "on large models and on other text, some after healing: this says nothing about those results.",
     ]
     for name, study in measured.items():
         lines += ["", *_study_lines(name, study)]
@@ -206,7 +205,7 @@ def _study_lines(name: str, study: Mapping[str, Any]) -> list[str]:
         worse = [pair for pair in pairs if holm[pair] < 0.05 and found[pair].wins < found[pair].losses]
         lines += [
             "",
-            f"Of {len(pairs)} comparisons {len(worse)} are significantly worse than TALE and {len(better)} significantly "
+            f"Of {len(pairs)} comparisons, {len(worse)} find a strategy worse than TALE and {len(better)} find one "
             "better, after Holm's correction at 0.05.",
         ]
     if orders := study.get("random_orders"):

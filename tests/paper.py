@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulation import MODEL, Table, examples
+from simulation import MODEL, Table, examples, measured
 
 from tale_ray.cluster.actor import Scored, WorkerActor
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import ModelError
-from tale_ray.records import ModelInfo, PromptRow, WorkUnit
+from tale_ray.records import Measurement, ModelInfo, Probe, PromptRow, WorkUnit
 from tale_ray.search.executor import Questions
 from tale_ray.search.interruption import Interruption
 from tale_ray.search.pace import UnitShape
@@ -85,6 +85,10 @@ def paper_worker(**deaths: Any) -> type:
         def encode(self, rows: Sequence[Any]) -> tuple[PromptRow, ...]:
             self._maybe_die("encode")
             return tuple(PromptRow((1, 2), row.target) for row in rows)
+
+        def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
+            self._maybe_die("measure")
+            return Measurement(probe, measured(TABLE.seed, probe), len(rows), sum(map(len, rows)), 0.0)
 
         def share(self, questions: Questions) -> None:
             self._maybe_die("share")

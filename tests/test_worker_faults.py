@@ -11,11 +11,11 @@ import pytest
 from paper import QUESTIONS, TABLE, scored, wait_for
 from paper import executor_fixture as executor_fixture
 from paper import paper_fixture as paper_fixture
-from simulation import MODEL
+from simulation import MODEL, measured
 
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import PoisonUnit, WorkersLost
-from tale_ray.records import WorkUnit
+from tale_ray.records import Probe, WorkUnit
 from tale_ray.search.executor import UnitDone, WorkerJoined, WorkerLost
 
 pytestmark = pytest.mark.ray
@@ -35,6 +35,36 @@ def test_a_worker_that_always_dies(executor: Callable[..., Any], paper: Any, met
     paper(**{method: 99})
     with pytest.raises(WorkersLost, match=r"died 3 times [^\n]*tale-ray resume"):
         scored(executor(workers=1))
+
+
+def test_a_worker_that_dies_while_it_measures_is_replaced_and_that_is_told(
+    executor: Callable[..., Any], paper: Any
+) -> None:
+    paper(measure=1)
+    ray = executor(workers=1)
+    ray.connect()
+    ray.load()
+    ray.share(QUESTIONS)
+    seen: list[Any] = []
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or seen)
+    probe = Probe("block_influence", (), (0, 1, 2))
+    assert ray.measure(probe, [(1, 2)]).values == measured(TABLE.seed, probe)
+    wait_for(lambda: seen.extend(ray.poll(1.0)) or len(seen) == 3)
+    joined, lost, again = seen
+    assert joined == again == WorkerJoined("worker-0")
+    assert isinstance(lost, WorkerLost)
+    ray.submit("worker-0", WorkUnit(1, "round-0001", "search", (), (0,), (0, 1)))
+    (done,) = wait_for(lambda: ray.poll(1.0))
+    assert isinstance(done, UnitDone)
+
+
+def test_a_worker_that_always_dies_while_it_measures(executor: Callable[..., Any], paper: Any) -> None:
+    paper(measure=99)
+    ray = executor(workers=1)
+    ray.connect()
+    ray.load()
+    with pytest.raises(WorkersLost, match=r"died 3 times [^\n]*tale-ray resume"):
+        ray.measure(Probe("block_influence", (), (0, 1, 2)), [(1, 2)])
 
 
 def test_a_unit_that_kills_every_worker(executor: Callable[..., Any], paper: Any) -> None:
