@@ -11,18 +11,9 @@ from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_round, 
 from tale_ray.attempt.export import ExportDType, run_export
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.attempt.study import StudyOpened, run_study
-from tale_ray.config import (
-    SearchConfig,
-    StorageSection,
-    StrategySection,
-    check_seeds,
-    parse_bytes,
-    parse_duration,
-    parse_layers,
-    parse_seeds,
-    parse_splits,
-)
+from tale_ray.config import SearchConfig, StorageSection, StrategySection
 from tale_ray.errors import ConfigError
+from tale_ray.option_texts import check_seeds, parse_bytes, parse_duration, parse_layers, parse_seeds, parse_splits
 from tale_ray.records import Round, Score, SplitName
 from tale_ray.results.held_out import selected_result
 from tale_ray.results.study import summarize_study

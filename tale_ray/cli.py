@@ -38,10 +38,11 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
-from tale_ray.config import MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName, parse_seeds
+from tale_ray.config import MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
+from tale_ray.option_texts import parse_seeds
 from tale_ray.progress import Display
 from tale_ray.results.tables import count_text, evaluation_json, evaluation_text
 from tale_ray.search.interruption import Interruption

@@ -6,7 +6,8 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from tale_ray.config import DEFAULT_SPLITS, DType, StreamMode, splits_text
+from tale_ray.config import DEFAULT_SPLITS, DType, StreamMode
+from tale_ray.option_texts import splits_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

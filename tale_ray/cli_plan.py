@@ -9,8 +9,9 @@ import click
 from tale_ray.api import make_config
 from tale_ray.attempt.gpus import FREE_SHARE, GPUS, find_gpu
 from tale_ray.cli_options import json_option, model_options, task_options, with_options
-from tale_ray.config import StreamMode, parse_bytes
+from tale_ray.config import StreamMode
 from tale_ray.errors import ConfigError
+from tale_ray.option_texts import parse_bytes
 
 _DEFAULT_GPU = "A100-80GB"
 

@@ -26,9 +26,9 @@ import yaml
 
 from tale_ray.annotations import fits
 from tale_ray.api import make_config
-from tale_ray.config import check_seeds, parse_seeds, splits_text
 from tale_ray.credentials import find_secrets
 from tale_ray.errors import ConfigError
+from tale_ray.option_texts import check_seeds, parse_seeds, splits_text
 from tale_ray.paths import existing
 
 MAX_ATTEMPTS = 1000

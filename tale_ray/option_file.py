@@ -9,8 +9,8 @@ import click
 import yaml
 
 from tale_ray.annotations import fits
-from tale_ray.config import splits_text
 from tale_ray.errors import ConfigError
+from tale_ray.option_texts import splits_text
 
 _FILE_KINDS: Mapping[str, tuple[Any, str]] = {  # what YAML may write otherwise than the command line
     **dict.fromkeys(

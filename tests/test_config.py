@@ -9,21 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tale_ray.config import (
-    ModelSection,
-    ResourceSection,
-    SearchConfig,
-    StorageSection,
-    StrategySection,
-    TaskSection,
-    epsilon_text,
-    parse_bytes,
-    parse_duration,
-    parse_epsilon,
-    parse_layers,
-    parse_splits,
-)
+from tale_ray.config import ModelSection, ResourceSection, SearchConfig, StorageSection, StrategySection, TaskSection
 from tale_ray.errors import ConfigError
+from tale_ray.option_texts import epsilon_text, parse_bytes, parse_duration, parse_epsilon, parse_layers, parse_splits
 
 
 @pytest.mark.parametrize(

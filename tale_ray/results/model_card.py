@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from tale_ray.config import SearchConfig, splits_text
+from tale_ray.config import SearchConfig
+from tale_ray.option_texts import splits_text
 from tale_ray.results.statistics import wilson_interval
 from tale_ray.results.tables import (
     accuracy_text,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from tale_ray.config import EpsilonMode, StrategySection, parse_epsilon
+from tale_ray.config import EpsilonMode, StrategySection
+from tale_ray.option_texts import parse_epsilon
 from tale_ray.records import CandidateScore, Probe, Score, StopReason
 from tale_ray.search import orders
 from tale_ray.search.history import History
