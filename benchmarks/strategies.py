@@ -166,10 +166,14 @@ def _study_lines(name: str, study: Mapping[str, Any]) -> list[str]:
         return f"{100 * sum(right) / len(right):.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
     num_test = len(answers[""])
+    in_order = next(strategies[each] for each in ("reverse", "random", "block_influence") if each in strategies)
+    num_search = (
+        in_order["candidate_rows"] // MOST_REMOVED
+    )  # one candidate a round; a task may have fewer than asked for
     lines = [
         f"## {name}: {settings['task']}, {study['num_layers']} layers",
         "",
-        f"{settings['rows']} search rows, {num_test} test rows. The full model: {accuracy(())}.",
+        f"{num_search} search rows, {num_test} test rows. The full model: {accuracy(())}.",
         "",
         "| accuracy, % | " + " | ".join(f"{size} removed" for size in sizes) + " |",
         "| --- |" + " --- |" * len(sizes),
