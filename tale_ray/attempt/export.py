@@ -163,7 +163,7 @@ def _check_id(repository: str | None) -> None:
     if repository is None:
         return
     from huggingface_hub.errors import HFValidationError  # most commands need nothing of the hub
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, but not said so
 
     try:
         validate_repo_id(repository)
