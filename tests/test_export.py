@@ -205,7 +205,7 @@ def test_what_is_no_layer_is_copied_as_it_is(tmp_path: Path) -> None:
         "top_p": 0.9,
         "do_sample": False,
         "eos_token_id": [2, 5],
-    }  # `save` would refuse it
+    }  # some versions of transformers refuse to save it
     (source / "generation_config.json").write_text(json.dumps(generation))
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (source / "additional_chat_templates").mkdir()
