@@ -41,7 +41,7 @@ def searched(entrypoint: str) -> SearchConfig:
     python, dash_m, package, search, *arguments = shlex.split(entrypoint)
     assert (python, dash_m, package, search) == ("python", "-m", "tale_ray", "search")
     search_command = cli.commands["search"]
-    context = click.Context(search_command)
+    context = click.Context(search_command, parent=click.Context(cli, **cli.context_settings))  # as on the command line
     search_command.parse_args(context, list(arguments))
     options = {name: value for name, value in context.params.items() if value is not None}
     for name in ("dry_run", "log_json", "seeds"):  # not about the search itself
