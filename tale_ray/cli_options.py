@@ -54,6 +54,18 @@ task_options = with_options(
     data_root_option,
     include_path_option,
 )
+working_memory_options = with_options(
+    click.option(
+        "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
+    ),
+    click.option(
+        "--stream",
+        type=click.Choice(get_args(StreamMode)),
+        default="auto",
+        show_default=True,
+        help="Read layers from their files, one at a time: for models larger than the memory.",
+    ),
+)
 resource_options = with_options(
     click.option("--local", is_flag=True, help="Run in this process, without Ray."),
     click.option("--address", metavar="A", help="Ray cluster to join.  [default: $RAY_ADDRESS, else a private one]"),
@@ -84,16 +96,7 @@ resource_options = with_options(
         show_default=True,
         help="How long the first worker may look for a place.",
     ),
-    click.option(
-        "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
-    ),
-    click.option(
-        "--stream",
-        type=click.Choice(get_args(StreamMode)),
-        default="auto",
-        show_default=True,
-        help="Read layers from their files, one at a time: for models larger than the memory.",
-    ),
+    working_memory_options,
 )
 time_limit_option = click.option(
     "--time-limit", metavar="DURATION", help="Stop after 90, 30m, 2h ...; exit 75, resumable."

@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from tale_ray.api import make_config
 from tale_ray.attempt.gpus import FREE_SHARE, GPUS, find_gpu
-from tale_ray.cli_options import json_option, model_options, task_options, with_options
-from tale_ray.config import StreamMode
+from tale_ray.cli_options import json_option, model_options, task_options, with_options, working_memory_options
 from tale_ray.errors import ConfigError
 from tale_ray.option_texts import parse_bytes
 
@@ -43,17 +42,8 @@ _DEFAULT_GPU = "A100-80GB"
         help="0 plans for this machine's RAM.  [default: the fewest that the model fits]",
     ),
     click.option("--workers", type=int, metavar="N", help="That share the work.  [default: 1]"),
-    click.option(
-        "--batch-bytes", metavar="B", help="Working memory of a worker, e.g. 2GiB.  [default: chosen from the device]"
-    ),
-    click.option(
-        "--stream",
-        type=click.Choice(get_args(StreamMode)),
-        default="auto",
-        show_default=True,
-        help="Layers in their files, one at a time: for models larger than the memory.",
-    ),
 )
+@working_memory_options
 @json_option
 def plan(
     as_json: bool,

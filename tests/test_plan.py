@@ -160,6 +160,7 @@ def test_weights_and_peak_memory_are_those_of_a_real_round(
     config = make_config(model=model, task=task, rows=num_rows, splits="search=1", batch_bytes=batch_bytes)
     found = make_plan(config, Device(free_bytes=64 * GIB, gpus_per_worker=0))
     shown = f"planned {found.peak_bytes / 2**20:.0f} MiB, measured {measured}"
+    print(f"{family}: {shown}, {found.peak_bytes / measured['peak']:.3f} of it")
     assert found.weights.total_bytes == pytest.approx(measured["weights"], rel=0.02), shown
     assert found.peak_bytes == pytest.approx(measured["peak"], rel=0.15), shown
     efforts = (found.baseline.layer_applications, found.first_round.layer_applications)
@@ -170,7 +171,7 @@ def test_weights_and_peak_memory_are_those_of_a_real_round(
 # What fits.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(model=st.sampled_from(MODELS), free=st.floats(0.5, 80))
 def test_the_fewest_gpus_whose_stages_fit_are_recommended(model: str, free: float) -> None:
     free_bytes, found = int(free * GIB), subject(model, "never")
@@ -196,7 +197,7 @@ def test_the_fewest_gpus_whose_stages_fit_are_recommended(model: str, free: floa
             place(found, fewest - 1, free_bytes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(model=st.sampled_from(MODELS), free=st.floats(0.5, 80), gpus=st.integers(1, MOST_GPUS))
 def test_a_plan_and_a_worker_refuse_the_same_weights_in_the_same_words(model: str, free: float, gpus: int) -> None:
     found, free_bytes = subject(model, "never"), int(free * GIB)

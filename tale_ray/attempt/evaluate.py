@@ -244,3 +244,18 @@ def picked_round(reader: RunReader, pick: str) -> Round:
         f"pick {pick!r} is not a result of {reader.uri}: choose best, bsba, final, selected, or a round from 0 to "
         f"{len(history.rounds) - 1}"
     )
+
+
+def pruned_round(reader: RunReader, pick: str, remedy: str) -> Round:
+    """Return the round that is a result of a run, as `picked_round` does, of one that removes something.
+
+    Raises:
+        ConfigError: the run has no such result, or it is the full model; `remedy` says what to do then.
+    """
+    picked = picked_round(reader, pick)
+    if not picked.removed:
+        raise ConfigError(
+            f"pick {pick!r} of {reader.uri} is round 0, the full model, from which nothing is removed: {remedy} "
+            f"pick another round with --pick (see `tale-ray show {reader.uri}`)"
+        )
+    return picked

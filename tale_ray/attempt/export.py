@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from tale_ray.attempt.evaluate import picked_round
+from tale_ray.attempt.evaluate import pruned_round
 from tale_ray.config import ModelSection, SearchConfig
 from tale_ray.errors import ConfigError, TaleRayError
 from tale_ray.model.digest import check_model, model_folder
@@ -71,12 +71,7 @@ def run_export(
     reader = RunReader(run)
     manifest = reader.manifest()
     config = SearchConfig.from_json(manifest.config)
-    picked = picked_round(reader, pick)
-    if not picked.removed:
-        raise ConfigError(
-            f"pick {pick!r} of {reader.uri} is round 0, the full model, from which nothing is removed: use the model "
-            f"as it is, or pick another round with --pick (see `tale-ray show {run}`)"
-        )
+    picked = pruned_round(reader, pick, "use the model as it is, or")
     section = found_model(config.model, model, reader.uri)
     with _becoming(place) as folder:
         from tale_ray.model.export import write_checkpoint  # torch is wanted in this process only now

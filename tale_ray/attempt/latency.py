@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tale_ray.attempt.evaluate import picked_round
+from tale_ray.attempt.evaluate import pruned_round
 from tale_ray.attempt.export import found_model, hub_id
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.cluster.machine import installed_versions
@@ -58,12 +58,7 @@ def run_latency(
     reader = RunReader(run)
     manifest = reader.manifest()
     config = SearchConfig.from_json(manifest.config)
-    picked = picked_round(reader, pick)
-    if not picked.removed:
-        raise ConfigError(
-            f"pick {pick!r} of {reader.uri} is round 0, the full model, from which nothing is removed: there is "
-            f"nothing to compare; pick another round with --pick (see `tale-ray show {run}`)"
-        )
+    picked = pruned_round(reader, pick, "there is nothing to compare;")
     section = found_model(config.model, model, reader.uri)
     gpus = config.resources.gpus_per_worker if gpus_per_worker is None else gpus_per_worker
     resources = ResourceSection(local=True, gpus_per_worker=gpus)
