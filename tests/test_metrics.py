@@ -21,6 +21,7 @@ from tale_ray.search.scheduler import Scoring
 
 SCORING = Scoring("round-0001", "search", (), (0, 1, 2), 10)
 EXPORT_SECONDS = 60.0
+ROUNDS = "tale_ray_rounds_total"
 
 
 class Recorded:
@@ -102,9 +103,10 @@ def exported(address: str, run: str) -> dict[str, float]:
 
 @pytest.mark.ray
 def test_ray_exports_the_metrics_of_a_search(material: Material, tmp_path: Path, ray_address: str) -> None:
+    """The run has a name of its own: what this process exported of runs of other tests, under theirs, still stands."""
     import ray
 
-    options = {"model": material.model, "task": material.task, "max_removed": 1, "run": tmp_path / "run"}
+    options = {"model": material.model, "task": material.task, "max_removed": 1, "run": tmp_path / "exported-metrics"}
     config = make_config(**options, address=ray_address, workers=1, exhaustive=True)
     name, found, deadline = "", {}, None
     for event in run_search(config, Interruption()):
