@@ -38,7 +38,7 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
-from tale_ray.config import MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
+from tale_ray.config import DEFAULT_BEAM_WIDTH, MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
@@ -80,6 +80,12 @@ def cli() -> None:
         default="tale",
         show_default=True,
         help=f"How layers are chosen: {', '.join(get_args(StrategyName))}.",
+    ),
+    click.option(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help=f"Sets of removed layers that strategy beam goes on from.  [default: {DEFAULT_BEAM_WIDTH}]",
     ),
     click.option(
         "--calibration",

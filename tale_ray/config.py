@@ -17,7 +17,7 @@ from tale_ray.errors import ConfigError
 from tale_ray.option_texts import MAX_BYTES, epsilon_text, parse_epsilon, share, splits_text
 from tale_ray.records import SplitName
 
-StrategyName = Literal["tale", "sleb", "block_influence", "contiguous", "reverse", "random"]
+StrategyName = Literal["tale", "beam", "sleb", "block_influence", "contiguous", "reverse", "random"]
 EpsilonMode = Literal["baseline", "current"]
 ResumeMode = Literal["auto", "must", "never"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,6 +33,7 @@ _KINDS: Mapping[Any, str] = {
 _BROKEN_TEXT = re.compile("[\0\ud800-\udfff]")
 
 MEASURING: tuple[StrategyName, ...] = ("sleb", "block_influence", "contiguous")  # strategies that need calibration text
+DEFAULT_BEAM_WIDTH = 3
 DEFAULT_SPLITS: Mapping[SplitName, str] = {"search": "0.5", "select": "0.2", "test": "0.3"}
 
 
@@ -138,6 +139,7 @@ class StrategySection:
     keep_layers: tuple[int, ...] = ()  # never candidates
     exhaustive: bool = False
     calibration: str | None = None  # file of the text that the model is measured on; None: the search rows' prompts
+    beam_width: int | None = None  # sets of removed layers that each round of a beam goes on from; None: the default
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -161,6 +163,12 @@ class StrategySection:
                 f"remove names {len(self.remove)} layers but max removed is {self.max_removed}: "
                 "raise the one or shorten the other"
             )
+        _at_least(self.beam_width, 1, "beam width", "1 is the strategy tale")
+        if self.beam_width is not None and self.strategy != "beam":
+            raise ConfigError(
+                f"beam width {self.beam_width} is given, and strategy {self.strategy} has no beam: leave it out, or "
+                "choose beam"
+            )
         if self.strategy == "contiguous" and self.max_removed is None:
             raise ConfigError(
                 "strategy contiguous needs max removed: it removes one block of so many layers; give --max-removed N"
@@ -170,6 +178,11 @@ class StrategySection:
                 f"calibration {self.calibration!r} is given, and strategy {self.strategy} measures nothing: leave it "
                 f"out, or choose one of {', '.join(MEASURING)}"
             )
+
+    @property
+    def width(self) -> int:
+        """Sets of removed layers that each round of a beam goes on from."""
+        return DEFAULT_BEAM_WIDTH if self.beam_width is None else self.beam_width
 
     def check_layers(self, num_layers: int) -> None:
         """Refuse layers that a model of `num_layers` layers does not have.
@@ -310,6 +323,7 @@ class SearchConfig:
             "keep_layers": sorted(self.strategy.keep_layers),
             # A larger limit goes on with a run, but of this strategy it is another block.
             **({"block": self.strategy.max_removed} if self.strategy.strategy == "contiguous" else {}),
+            **({"beam_width": self.strategy.width} if self.strategy.strategy == "beam" else {}),
         }
 
     def to_json(self) -> dict[str, dict[str, Any]]:

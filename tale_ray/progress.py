@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.attempt.study import SeedStarted
 from tale_ray.records import Measurement, Round, Score
-from tale_ray.results.tables import count_text
+from tale_ray.results.tables import count_text, removal_text
 from tale_ray.search.driver import (
     HeldOutScored,
     ModelMeasured,
@@ -21,6 +21,7 @@ from tale_ray.search.driver import (
     ScoringStarted,
     SearchEnded,
 )
+from tale_ray.search.history import History
 from tale_ray.search.pool import ScoringAdvanced, UnitDoubled, UnitRetried, WorkersChanged
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.uris import strip_credentials
@@ -101,7 +102,7 @@ class Display:
             case ModelMeasured(_, measurement):
                 self._say(_measurement_line(measurement))
             case RoundFinished(entry, history):
-                self._say(_round_line(entry))
+                self._say(_round_line(entry, history))
             case UnitRetried(unit, scope, reason):
                 self._say(f"unit {unit} of {scope} is tried again: {_last_line(reason)}")
             case UnitDoubled(unit, scope, late, seconds):
@@ -148,12 +149,14 @@ class Display:
             )
 
 
-def _round_line(entry: Round) -> str:
+def _round_line(entry: Round, history: History) -> str:
     score = _accuracy(entry.score)
     if entry.removed_layer is None:
         return f"baseline: {score}"
     verdict = "removed" if entry.committed else "kept, its removal falls below the floor"
-    return f"round {entry.number}: layer {entry.removed_layer} {verdict}, {score}"
+    before = history.rounds[entry.number - 1].removed if entry.number > 1 else None
+    removal = removal_text(entry.removed_layer, entry.removed, before)
+    return f"round {entry.number}: layer {removal} {verdict}, {score}"
 
 
 def _measurement_line(measurement: Measurement) -> str:

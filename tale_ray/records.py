@@ -232,6 +232,15 @@ class CandidateScore:
     invalid: int
     status: CandidateStatus
     seconds: float
+    without: tuple[int, ...] | None = None  # what else it does without, where candidates of a round differ in that
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Candidates that all extend one set of removed layers."""
+
+    removed: tuple[int, ...]  # in order of removal
+    candidates: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +253,10 @@ class Round:
     score: Score  # of the winner
     candidates: tuple[CandidateScore, ...]
     committed: bool
+
+    def is_won_by(self, candidate: CandidateScore) -> bool:
+        """Return whether a candidate of the round is the one that it removes."""
+        return candidate.layer == self.removed_layer and candidate.without in (None, self.removed[:-1])
 
 
 @dataclass(frozen=True, slots=True)

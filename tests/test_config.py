@@ -136,7 +136,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (StrategySection, {"epsilon": 0.08}, "epsilon 0.08 is not a text"),
     (StrategySection, {"exhaustive": "no"}, "exhaustive 'no' is not true or false"),
     (StrategySection, {"remove": 3}, "remove 3 is not a list of layers"),
-    (StrategySection, {"strategy": "greedy"}, "strategy 'greedy' is not known: choose one of tale, sleb"),
+    (StrategySection, {"strategy": "greedy"}, "strategy 'greedy' is not known: choose one of tale, beam, sleb"),
     (StrategySection, {"strategy": "Block-Influense"}, "is not known: did you mean block_influence? Choose one of"),
     (StrategySection, {"strategy": "contiguous"}, "strategy contiguous needs max removed"),
     (StrategySection, {"calibration": "c.txt"}, "strategy tale measures nothing: leave it out, or choose one of sleb"),

@@ -14,7 +14,7 @@ from test_driver import NUM_ROWS, Killed, attempt, decisions, kill_after, search
 
 from tale_ray.config import StrategySection
 from tale_ray.errors import StoreError
-from tale_ray.records import CandidateScore, Measurement, Probe, Round, Score, StopReason
+from tale_ray.records import Branch, CandidateScore, Measurement, Probe, Round, Score, StopReason
 from tale_ray.results.summary import summarize
 from tale_ray.search.history import History
 from tale_ray.search.strategy import make_strategy
@@ -53,7 +53,9 @@ def whole_order(
     """The layers that a search removes which never falls below the floor."""
     removed: list[int] = []
     while isinstance(found := proposed(section, history(removed, **first), values, seed), tuple):
-        (layer,) = found
+        (branch,) = found
+        assert branch.removed == (*first.get("start", ()), *removed)
+        (layer,) = branch.candidates
         removed.append(layer)
     assert isinstance(found, StopReason)
     return removed
@@ -90,9 +92,9 @@ def test_block_influence_is_measured_once_and_ties_go_to_the_lowest_layer() -> N
 def test_sleb_measures_the_candidates_of_every_round() -> None:
     section = StrategySection(strategy="sleb", keep_layers=(3,))
     assert make_strategy(section).propose(history((2,))) == Probe("log_perplexity", (2,), (0, 1, 4, 5))
-    assert proposed(section, history((2,)), [3.0, 2.0, 2.0, 2.5]) == (1,)
-    assert proposed(section, history((2,)), [None, None, 7.0, None]) == (4,)
-    assert proposed(section, history((2,)), [None, None, None, None]) == (0,)
+    assert proposed(section, history((2,)), [3.0, 2.0, 2.0, 2.5]) == (Branch((2,), (1,)),)
+    assert proposed(section, history((2,)), [None, None, 7.0, None]) == (Branch((2,), (4,)),)
+    assert proposed(section, history((2,)), [None, None, None, None]) == (Branch((2,), (0,)),)
 
 
 def test_contiguous_removes_the_nearest_block_from_its_end() -> None:

@@ -143,7 +143,7 @@ def test_units_are_ordered_by_attempt_and_number(tmp_path: Path) -> None:
 def test_other_tools_read_the_rounds(tmp_path: Path) -> None:
     write_run(tmp_path)
     frame = pd.read_parquet(tmp_path / "rounds")
-    names = "round attempt layer correct seen invalid status seconds winner committed removed"
+    names = "round attempt layer correct seen invalid status seconds winner committed removed without"
     assert list(frame.columns) == names.split()
     assert frame[frame.winner].layer.isna().tolist() == [True, False, False]
     assert [list(removed) for removed in frame[frame.winner].removed] == [[], [10], [10, 11]]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tale_ray.config import StrategySection
-from tale_ray.records import CandidateScore, Round, Score, StopReason
+from tale_ray.records import Branch, CandidateScore, Round, Score, StopReason
 from tale_ray.search.history import History
 from tale_ray.search.strategy import Tale, make_strategy
 
@@ -79,8 +79,8 @@ def test_the_floor_follows_the_last_accepted_model_in_mode_current() -> None:
 
 
 def test_every_surviving_layer_is_proposed_but_those_that_are_kept() -> None:
-    assert tale().propose(history(80, 80)) == tuple(range(1, 12))
-    assert tale(keep_layers=(1, 11)).propose(history(80, 80)) == tuple(range(2, 11))
+    assert tale().propose(history(80, 80)) == (Branch((0,), tuple(range(1, 12))),)
+    assert tale(keep_layers=(1, 11)).propose(history(80, 80)) == (Branch((0,), tuple(range(2, 11))),)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_stop_reasons(strategy: Tale, so_far: History, reason: StopReason) -> No
 def test_a_larger_epsilon_takes_up_a_rejected_round() -> None:
     stopped = history(80, rejected=71)
     assert tale("0.08").propose(stopped) is StopReason.BELOW_FLOOR
-    assert tale("0.09").propose(stopped) == tuple(range(12))
+    assert tale("0.09").propose(stopped) == (Branch((), tuple(range(12))),)
 
 
 def test_the_search_starts_from_the_given_removal() -> None:
     start = History.of([finished(0, None, (), 80)], num_layers=6, start=(4, 1))
     assert start.removed == (4, 1)
-    assert tale().propose(start) == (0, 2, 3, 5)
+    assert tale().propose(start) == (Branch((4, 1), (0, 2, 3, 5)),)
     later = start.with_round(finished(1, 0, (4, 1, 0), 79))
     assert later.removed == (4, 1, 0)
 

@@ -99,7 +99,7 @@ def test_the_fields_through_the_life_of_a_run(
 ) -> None:
     run = tmp_path / "run"
     seen: dict[str, dict[str, Any]] = {}
-    load, score, store = tale_ray.cluster.worker.load_model, Driver._score, Driver._store_round
+    load, score, store = tale_ray.cluster.worker.load_model, Driver._score, Driver._finish
 
     def while_it_loads(*arguments: Any) -> Any:
         seen["load"] = show(run)
@@ -110,16 +110,16 @@ def test_the_fields_through_the_life_of_a_run(
         seen[scoring.scope] = show(run)
         return score(self, scoring)
 
-    def before_it_is_stored(self: Driver, *arguments: Any) -> None:
+    def before_it_is_stored(self: Driver, *arguments: Any) -> Any:
         seen[f"end of {arguments[0].number}"] = show(run)
         if arguments[0].number == 2 and "killed" not in seen:
             seen["killed"] = {}
             raise Killed
-        store(self, *arguments)
+        return store(self, *arguments)
 
     monkeypatch.setattr(tale_ray.cluster.worker, "load_model", while_it_loads)
     monkeypatch.setattr(Driver, "_score", before_a_round)
-    monkeypatch.setattr(Driver, "_store_round", before_it_is_stored)
+    monkeypatch.setattr(Driver, "_finish", before_it_is_stored)
     with pytest.raises(Killed):
         material.search(run)
 
@@ -239,7 +239,7 @@ def test_who_counts_as_running(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Driver, "_store_round", interrupt)
+        patch.setattr(Driver, "_finish", interrupt)
         assert material.search(run, "--rows", "5").code == 75
     (run / "lease.json").write_text(lease(**changes))
     summary = checked(show(run), *NULL_BEFORE_THE_BASELINE)

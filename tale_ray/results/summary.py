@@ -10,6 +10,7 @@ from tale_ray.results.held_out import compared_results, held_out_results, optimi
 from tale_ray.search.history import History
 from tale_ray.search.strategy import make_strategy
 from tale_ray.store.documents import Manifest
+from tale_ray.store.layout import round_of
 from tale_ray.store.lease import holder_state
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import StoredRound
@@ -123,10 +124,10 @@ def _partial_work(reader: RunReader, history: History) -> Work:
     finished = len(history.rounds) + (history.rejected is not None)
     work = Work()
     for scope in reader.partial_scopes():
-        number = scope.removeprefix("round-")
-        if number != scope and number.isdecimal() and int(number) >= finished:
+        number = round_of(scope)
+        if number is not None and number >= finished:
             for result in reader.unit_results(scope):
-                cells = result.unit.candidate_rows if int(number) else 0
+                cells = result.unit.candidate_rows if number else 0
                 work += Work(units=1, candidate_rows=cells, layer_applications=result.layer_applications)
     return work
 
@@ -151,6 +152,7 @@ def _candidate(candidate: CandidateScore) -> dict[str, Any]:
         "correct": candidate.correct,
         "seen": candidate.seen,
         "status": candidate.status,
+        **({} if candidate.without is None else {"without": list(candidate.without)}),
     }
 
 

@@ -57,6 +57,12 @@ def _next_step(summary: Mapping[str, Any]) -> str:
     return _NEXT_STEPS[summary["state"]].format(run=run, pick="selected" if summary["selected"] else "best")
 
 
+def removal_text(layer: int, removed: Sequence[int], before: Sequence[int] | None) -> str:
+    """Return the layer that a round removed, or all of them where they do not go on from those removed before."""
+    extends = before is None or [*removed[:-1]] == [*before]
+    return str(layer) if extends else f"{layer} of {layers_text(removed)}"
+
+
 def _rounds(summary: Mapping[str, Any]) -> Table:
     table = Table(title="rounds, on the search rows")
     for name in ("round", "layer removed", "correct", "accuracy", "invalid"):
@@ -64,14 +70,15 @@ def _rounds(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     baseline = summary["baseline"]
     table.add_row("0", "none", *_counts(baseline), str(baseline["invalid"]), "baseline")
+    before: Sequence[int] | None = None
     for entry in summary["rounds"]:
-        table.add_row(
-            str(entry["round"]), str(entry["removed_layer"]), *_counts(entry), str(entry["invalid"]), "committed"
-        )
+        removal = removal_text(entry["removed_layer"], entry["removed"], before)
+        table.add_row(str(entry["round"]), removal, *_counts(entry), str(entry["invalid"]), "committed")
+        before = entry["removed"]
     if rejected := summary["rejected_round"]:
         table.add_row(
             str(rejected["round"]),
-            str(rejected["removed_layer"]),
+            removal_text(rejected["removed_layer"], rejected["removed"], before),
             *_counts(rejected),
             str(rejected["invalid"]),
             "rejected: below the floor",

@@ -12,7 +12,18 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from tale_ray.errors import BaselineZero
-from tale_ray.records import CandidateScore, Example, Measurement, Probe, Round, Score, SplitName, StopReason, Work
+from tale_ray.records import (
+    Branch,
+    CandidateScore,
+    Example,
+    Measurement,
+    Probe,
+    Round,
+    Score,
+    SplitName,
+    StopReason,
+    Work,
+)
 from tale_ray.search.history import History
 from tale_ray.search.instructions import Keep
 from tale_ray.search.pace import Pace
@@ -166,12 +177,12 @@ class Driver:
         """
         self._writer.clean()
         if not self.history.rounds:
-            yield from self._round(removed=(), candidates=(None,))
+            yield from self._baseline()
         while not isinstance(proposal := self._strategy.propose(self.history), StopReason):
             if isinstance(proposal, Probe):
                 yield self._measure(proposal)
             else:
-                yield from self._round(removed=self.history.removed, candidates=proposal)
+                yield from self._round(proposal)
         yield SearchEnded(proposal, self.history)
         if proposal is StopReason.BASELINE_ZERO:
             raise BaselineZero(why_zero(self.history.baseline))
@@ -188,24 +199,45 @@ class Driver:
         self.history = self.history.with_measurement(measurement)
         return ModelMeasured(number, measurement)
 
-    def _round(self, removed: tuple[int, ...], candidates: tuple[int | None, ...]) -> Iterator[SearchEvent]:
+    def _baseline(self) -> Iterator[SearchEvent]:
+        num_rows = len(self._examples["search"])
+        scoring = Scoring(round_scope(0), "search", (), (None,), num_rows, row_order=self._order_of("search"))
+        scheduler = yield from self._score(scoring)
+        (whole,) = scheduler.scores()
+        finished = Round(0, None, (), _score_of(whole), (whole,), committed=True)
+        yield self._finish(finished, (scheduler,), scheduler)
+
+    def _round(self, branches: Sequence[Branch]) -> Iterator[SearchEvent]:
+        """Score the candidates of all branches, one branch after another, and decide between them."""
         number = len(self.history.rounds)
-        race = None if number == 0 or self._exhaustive else self._race(candidates)
-        scoring = Scoring(
-            scope=round_scope(number),
+        schedulers: dict[tuple[int, ...], Scheduler] = {}  # by the layers that the branch does without
+        for at, branch in enumerate(branches):
+            schedulers[branch.removed] = yield from self._score(self._scoring(round_scope(number, at), branch))
+        scores = tuple(
+            replace(score, without=removed) if len(branches) > 1 else score
+            for removed, scheduler in schedulers.items()
+            for score in scheduler.scores()
+        )
+        decision = self._strategy.decide(self.history, scores)
+        winner = decision.winner
+        assert winner.layer is not None, "no strategy proposes to remove nothing"
+        removed = branches[0].removed if winner.without is None else winner.without
+        finished = Round(
+            number, winner.layer, (*removed, winner.layer), _score_of(winner), scores, committed=decision.accepted
+        )
+        yield self._finish(finished, tuple(schedulers.values()), schedulers[removed])
+
+    def _scoring(self, scope: str, branch: Branch) -> Scoring:
+        race = None if self._exhaustive else self._race(branch.candidates)
+        return Scoring(
+            scope=scope,
             split="search",
-            removed=removed,
-            candidates=candidates,
+            removed=branch.removed,
+            candidates=branch.candidates,
             num_rows=len(self._examples["search"]),
             race=race,
             row_order=self._order_of("search") if race is None else self._hardest_first(),
         )
-        scheduler = yield from self._score(scoring)
-        finished = self._decide(number, removed, scheduler.scores())
-        work = scheduler.work if number else replace(scheduler.work, candidate_rows=0)
-        self._store_round(finished, work, scheduler)
-        self.history = self.history.with_round(finished)
-        yield RoundFinished(finished, self.history)
 
     def _race(self, candidates: tuple[int | None, ...]) -> Race | None:
         """Return how candidates race: the favourite is who might have got most rows right in the last round."""
@@ -249,35 +281,27 @@ class Driver:
             self._sheets[number] = self._writer.reader.answers(round_scope(number))
         return self._sheets[number]
 
-    def _decide(self, number: int, removed: tuple[int, ...], scores: tuple[CandidateScore, ...]) -> Round:
-        if number == 0:
-            winner, accepted = scores[0], True
-        else:
-            decision = self._strategy.decide(self.history, scores)
-            winner, accepted = decision.winner, decision.accepted
-        return Round(
-            number=number,
-            removed_layer=winner.layer,
-            removed=removed if winner.layer is None else (*removed, winner.layer),
-            score=Score(correct=winner.correct, total=winner.seen, invalid=winner.invalid),
-            candidates=scores,
-            committed=accepted,
-        )
-
-    def _store_round(self, finished: Round, work: Work, scheduler: Scheduler) -> None:
+    def _finish(self, finished: Round, schedulers: Sequence[Scheduler], winning: Scheduler) -> RoundFinished:
         """Store the round; its units are kept only if it is rejected, for a later attempt with a larger epsilon."""
         if finished.number and finished.number - 1 not in self._digest_by_round:
             stored = self._writer.reader.rounds()
             self._digest_by_round = {item.round.number: item.digest for item in stored}
         parent = self._digest_by_round[finished.number - 1] if finished.number else ""
         if finished.committed:
-            sheet = self._sheet(scheduler, finished.removed_layer, scheduler.misses())
+            sheet = replace(
+                self._sheet(winning, finished.removed_layer, winning.misses()), scope=round_scope(finished.number)
+            )
             self._writer.write_answers(sheet)
             self._sheets[finished.number] = sheet
+        work = sum((scheduler.work for scheduler in schedulers), Work())
+        work = work if finished.number else replace(work, candidate_rows=0)
         self._digest_by_round[finished.number] = self._writer.write_round(finished, work, parent).digest
         if finished.committed:
-            self._writer.drop_partials(scheduler.scoring.scope)
+            for scheduler in schedulers:
+                self._writer.drop_partials(scheduler.scoring.scope)
         self._record_attempt(search_seconds=time.monotonic() - self._loaded_at)
+        self.history = self.history.with_round(finished)
+        return RoundFinished(finished, self.history)
 
     # Rows that the search has not seen.
 
@@ -324,7 +348,8 @@ class Driver:
     # Scoring.
 
     def _score(self, scoring: Scoring) -> Generator[SearchEvent, None, Scheduler]:
-        known = self._writer.reader.unit_results(scoring.scope)
+        stored = self._writer.reader.unit_results(scoring.scope)
+        known = [result for result in stored if result.unit.removed == scoring.removed]
         for result in known:  # as fast as an earlier attempt was
             self._pace.note(result)
         scheduler = self._pool.scheduler(scoring, self._pace, known, self._homes.get(scoring.split, {}))
@@ -361,6 +386,10 @@ class Driver:
 
     def _record_attempt(self, **changes: float) -> None:
         self._writer.update_attempt(retries=self.retries, wasted_rows=self.wasted_rows, **changes)
+
+
+def _score_of(candidate: CandidateScore) -> Score:
+    return Score(correct=candidate.correct, total=candidate.seen, invalid=candidate.invalid)
 
 
 def _result(entry: Round, score: Score) -> dict[str, Any]:

@@ -1,11 +1,17 @@
 """What a strategy is shown, and what a run has come to: frozen views of the finished rounds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from tale_ray.records import Measurement, Probe, Round, Score
+from tale_ray.records import CandidateScore, Measurement, Probe, Round, Score
+
+
+def best_first(scores: Iterable[CandidateScore]) -> Sequence[CandidateScore]:
+    """Return the candidates that were scored in full, most correct rows first, equals in the order given."""
+    exact = [score for score in scores if score.status == "exact" and score.layer is not None]
+    return sorted(exact, key=lambda score: -score.correct)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,20 @@ class History:
     def removed(self) -> tuple[int, ...]:
         """Layers that the next round starts without, in order of removal."""
         return self.rounds[-1].removed if len(self.rounds) > 1 else self.start
+
+    def best_sets(self, width: int) -> tuple[tuple[int, ...], ...]:
+        """Return the best sets of removed layers that the last round scored in full, at most `width`, the best first.
+
+        Each in order of removal. Before round 1 it is what the search starts without.
+        """
+        if len(self.rounds) == 1:
+            return (self.start,)
+        before = self.rounds[-2].removed if len(self.rounds) > 2 else self.start
+        return tuple(
+            (*(before if score.without is None else score.without), score.layer)
+            for score in best_first(self.rounds[-1].candidates)[:width]
+            if score.layer is not None
+        )
 
     @cached_property
     def surviving(self) -> tuple[int, ...]:

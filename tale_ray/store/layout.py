@@ -12,6 +12,7 @@ ROUND_FILE = re.compile(r"round-(?P<round>\d{4,})(?:-attempt-(?P<attempt>\d{4,})
 UNIT_FILE = re.compile(r"attempt-(?P<attempt>\d{4,})-unit-(?P<unit>\d{6,})\.parquet")
 ANSWERS_FILE = re.compile(rf"(?P<name>{NAME.pattern})\.parquet")
 MEASUREMENT_FILE = re.compile(r"round-(?P<round>\d{4,})\.json")
+ROUND_SCOPE = re.compile(r"round-(?P<round>\d{4,})(?:-branch-\d{2,})?")
 RESULT_FILE = re.compile(rf"(?P<name>{NAME.pattern})\.json")
 FOLDERS = {
     "attempts": ATTEMPT_FILE,
@@ -34,9 +35,15 @@ def round_file(number: int, attempt: int | None = None) -> str:
     return f"rounds/round-{number:04d}{suffix}.parquet"
 
 
-def round_scope(number: int) -> str:
-    """Return the scope that the units and answers of a round belong to."""
-    return f"round-{number:04d}"
+def round_scope(number: int, branch: int = 0) -> str:
+    """Return the scope that the units of a branch of a round belong to; of the first one, the round's answers, too."""
+    return f"round-{number:04d}" + (f"-branch-{branch:02d}" if branch else "")
+
+
+def round_of(scope: str) -> int | None:
+    """Return the number of the round that a scope belongs to; None: to no round."""
+    found = ROUND_SCOPE.fullmatch(scope)
+    return None if found is None else int(found["round"])
 
 
 def unit_file(scope: str, attempt: int, number: int) -> str:

@@ -156,9 +156,11 @@ class RunWriter:
 
         self._files.patiently("deleting temporary files", delete)
         stored = {match["name"] for match in layout.our_names(self._files, "answers")}
-        committed = {layout.round_scope(item.round.number) for item in self.reader.rounds() if item.round.committed}
+        committed = {item.round.number for item in self.reader.rounds() if item.round.committed}
         for scope in self.reader.partial_scopes():
-            if scope in stored and (scope in committed or not scope.startswith("round-")):
+            number = layout.round_of(scope)
+            answers = scope if number is None else layout.round_scope(number)
+            if answers in stored and (number is None or number in committed):
                 self.drop_partials(scope)
 
     def _write(self, path: str, data: bytes) -> None:

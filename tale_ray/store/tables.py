@@ -31,6 +31,9 @@ ROUND_SCHEMA = pa.schema(
         "winner": pa.bool_(),
         "committed": pa.bool_(),
         "removed": pa.list_(pa.int32()),  # cumulative, in order of removal, the winner included
+        "without": pa.list_(
+            pa.int32()
+        ),  # what else it does without, in the order of removal; null: what all candidates do
     }
 )
 SCORE_FIELDS = ("layer", "correct", "seen", "invalid", "status", "seconds")
@@ -49,6 +52,7 @@ SHEET_SCHEMA = pa.schema(
     }
 )
 _LATER_COLUMNS = {
+    "without",
     "candidates_seen",
     "candidates_missed",
     "log_likelihoods",
@@ -94,7 +98,11 @@ def canonical_json(value: Any) -> str:
 
 def digest_round(round_: Round, parent: str) -> str:
     """Return the SHA-256 of what a round decided and on what counts; seconds and order of candidates are not in it."""
-    counts = [[score.layer, score.correct, score.seen, score.invalid, score.status] for score in round_.candidates]
+    counts = [
+        [score.layer, score.correct, score.seen, score.invalid, score.status]
+        + ([] if score.without is None else [list(score.without)])
+        for score in round_.candidates
+    ]
     content = {
         "number": round_.number,
         "removed": list(round_.removed),
@@ -115,7 +123,8 @@ def dump_round(stored: StoredRound, run: str) -> bytes:
         **{name: [getattr(score, name) for score in scores] for name in SCORE_FIELDS},
         "round": [round_.number] * len(scores),
         "attempt": [stored.attempt] * len(scores),
-        "winner": [score.layer == round_.removed_layer for score in scores],
+        "winner": [round_.is_won_by(score) for score in scores],
+        "without": [score.without for score in scores],
         "committed": [round_.committed] * len(scores),
         "removed": [list(round_.removed)] * len(scores),
     }
@@ -147,7 +156,13 @@ def load_round(data: bytes, path: str) -> StoredRound:
             removed_layer=header["removed_layer"],
             removed=tuple(header["removed"]),
             score=Score(**header["score"]),
-            candidates=tuple(CandidateScore(**{name: row[name] for name in SCORE_FIELDS}) for row in rows),
+            candidates=tuple(
+                CandidateScore(
+                    **{name: row[name] for name in SCORE_FIELDS},
+                    without=None if row["without"] is None else tuple(row["without"]),
+                )
+                for row in rows
+            ),
             committed=header["committed"],
         )
         if digest_round(round_, texts["parent"]) != texts["digest"]:

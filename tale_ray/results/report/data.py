@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from tale_ray.config import SearchConfig
-from tale_ray.records import CandidateScore, Round, RowAnswer, Score, SplitName
+from tale_ray.records import Round, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import RESULTS
 from tale_ray.results.report.latency import Latency, stored_latency
 from tale_ray.results.report.transfer import Transfer, stored_transfer
@@ -184,12 +184,13 @@ def heat_map(history: History) -> HeatMap | None:
 
 
 def _cell(layer: int, entry: Round, removed_before: Sequence[int]) -> Cell:
-    if layer in removed_before:
+    candidates = [each for each in entry.candidates if each.layer == layer]  # several, where a beam has branches
+    if layer in removed_before and not candidates:
         return Cell(layer, entry.number, "removed")
-    found: CandidateScore | None = next((each for each in entry.candidates if each.layer == layer), None)
+    found = max(candidates, key=lambda each: (entry.is_won_by(each), each.correct), default=None)
     if found is None or not found.seen:
         return Cell(layer, entry.number, "not_scored")
-    return Cell(layer, entry.number, found.status, found.correct, found.seen, layer == entry.removed_layer)
+    return Cell(layer, entry.number, found.status, found.correct, found.seen, entry.is_won_by(found))
 
 
 def _row_by_row(

@@ -91,7 +91,8 @@ def _drawn(data: ReportData) -> dict[str, Any]:
     baseline = summary["baseline"]["correct"] / summary["baseline"]["total"]
     floor = baseline - float(config.strategy.epsilon) if config.strategy.epsilon_mode == "baseline" else None
     removed = summary[data.pick]["removed"]
-    later = [layer for layer in summary["final"]["removed"] if layer not in removed]
+    final = summary["final"]["removed"]
+    later = final[len(removed) :] if final[: len(removed)] == removed else []  # a beam may have ended elsewhere
     found: dict[str, Any] = {
         "layers": figures.layer_strip(summary["num_layers"], removed, later, config.strategy.keep_layers),
         "rows": {each.round: figures.row_strip(each) for each in data.row_by_row},
