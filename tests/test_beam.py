@@ -23,6 +23,7 @@ from tale_ray.results.report.data import heat_map
 from tale_ray.results.summary import stored_history, summarize
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
+from tale_ray.store.run import RunWriter
 
 BEAM = {"strategy": "beam", "beam_width": 3}
 
@@ -154,6 +155,26 @@ def test_kills_and_troubles_change_nothing(tmp_path: Path, step: int) -> None:
     assert decisions(summary) == decisions(quiet)
     assert between <= summary["work"]["candidate_rows"] == quiet["work"]["candidate_rows"]
     assert not list((tmp_path / "run" / "partial").glob(f"round-000[0-{len(quiet['rounds'])}]*")), "all are committed"
+
+
+def test_branches_of_a_round_that_is_stored_are_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after the round was stored, and before its units were deleted."""
+    run, drop = tmp_path / "run", RunWriter.drop_partials
+
+    def deadly(self: RunWriter, scope: str) -> None:
+        if scope == "round-0002":
+            raise Killed
+        drop(self, scope)
+
+    monkeypatch.setattr(RunWriter, "drop_partials", deadly)
+    with pytest.raises(Killed):
+        search(run, SimulatedExecutor(Table(5)), **BEAM, epsilon="1", max_removed=3)
+    monkeypatch.undo()
+    left = ["round-0002", "round-0002-branch-01", "round-0002-branch-02"]
+    assert sorted(path.name for path in (run / "partial").iterdir()) == left
+    with RunWriter.claim(str(run)) as writer:
+        writer.clean()
+    assert not list(run.glob("partial/*"))
 
 
 def test_a_larger_epsilon_goes_on_as_a_fresh_beam(tmp_path: Path) -> None:

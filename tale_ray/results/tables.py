@@ -60,7 +60,7 @@ def _next_step(summary: Mapping[str, Any]) -> str:
 def removal_text(layer: int, removed: Sequence[int], before: Sequence[int] | None) -> str:
     """Return the layer that a round removed, or all of them where they do not go on from those removed before."""
     extends = before is None or [*removed[:-1]] == [*before]
-    return str(layer) if extends else f"{layer} of {layers_text(removed)}"
+    return str(layer) if extends else f"{layer} (of {layers_text(removed)})"
 
 
 def _rounds(summary: Mapping[str, Any]) -> Table:
