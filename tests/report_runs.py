@@ -45,7 +45,7 @@ LATENCY = {
     "device": "cpu",
     "removed": [3, 7],
 }
-TRANSFER = {
+TRANSFER: dict[str, Any] = {
     "scores": [
         {
             "searched_on": searched,
