@@ -146,6 +146,21 @@ def test_nothing_is_scored_twice(runs: tuple[Path, Path], monkeypatch: pytest.Mo
     assert after == before, "nothing is written where nothing is new"
 
 
+def test_answers_without_other_layers_are_others(
+    runs: tuple[Path, Path], material: Material, searched: Path, tmp_path: Path
+) -> None:
+    """Answers are found again by what decides them: layers of another round, or of none, are not taken for these."""
+    further = ("--task", material.folder / "third.yaml", "--splits", "search=0.2,test=0.5")
+    first = transferred(*runs, *further, "--pick", "1")
+    last = transferred(*runs, *further, "--pick", "final")
+    assert transferred(*runs, *further, "--pick", "1") == first != last
+    alone = Path(shutil.copytree(searched, tmp_path / "alone"))
+    assert transferred(alone / "one", alone / "two", *further, "--pick", "final")["scores"] == last["scores"]
+    other_way_round = transferred(*reversed(runs), *further, "--pick", "final")["scores"]
+    assert sorted(other_way_round, key=str) == sorted(last["scores"], key=str)
+    assert len(list((runs[0] / "answers").glob("transfer-*"))) == 5, "the full model's to the third task, and 2 of each"
+
+
 def test_the_runs_stay_what_they_were(runs: tuple[Path, Path]) -> None:
     before = [show(run) for run in runs]
     transferred(*runs, "--pick", "1")
