@@ -202,38 +202,42 @@ def test_optional_sections(run: Path, page: Page, tmp_path: Path) -> None:
     assert not (tmp_path / "x.html").exists()
 
 
-def test_the_matrix_of_transfer(run: Path, page: Page, tmp_path: Path) -> None:
-    """As it is written by hand, with nothing but counts; and as `tale-ray transfer` writes it."""
+def test_the_matrix_of_transfer(page: Page) -> None:
     head = page.rows.index(["searched on", "a, 100 test rows", "b, 100 test rows"])
     assert page.rows[head + 1 : head + 4] == [
         ["full model", "50.0% [40.4, 59.6]", "50.0% [40.4, 59.6]"],
-        ["a", "60.0% [50.2, 69.1]+10.0own task", "45.0% [35.6, 54.8]-5.0"],
-        ["b", "–", "50.0% [40.4, 59.6]+0.0own task"],
+        ["awithout 7, 3", "60.0% [50.2, 69.1]+10.0 [+0.0, +20.0]p 0.200own task", SIGNIFICANT],
+        ["bwithout none", "–", "50.0% [40.4, 59.6]+0.0 [-10.0, +10.0]p 1.000own task"],
     ]
-    assert "corrected by Holm for 3 cells" not in page.text
-    write_report_run(tmp_path / "run")
-    full = dict(TRANSFER, num_tests=3, searched_on=[{"name": "a", "removed": [7, 3]}, {"name": "b", "removed": []}])
-    full["tested_on"] = [{"name": "a", "left_out": 0}, {"name": "b", "left_out": 1}]
-    full["scores"] = [
-        {**score, "is_own": False, "difference_interval": [-0.1, 0.125], "p_value_holm": 0.0004}
-        for score in TRANSFER["scores"]
-    ]
-    with RunWriter.claim(str(tmp_path / "run")) as writer:
-        writer.write_result("transfer", full)
-    told = Page(report(tmp_path / "run", tmp_path))
-    assert row_of(told, "awithout 7, 3")[1] == "60.0% [50.2, 69.1]+10.0 [-10.0, +12.5]p <0.001"
-    assert "bwithout none" in told.text
-    assert "corrected by Holm for 3 cells" in told.text
-    assert "b: 1 test row that a run was searched on left out for all models." in told.text
+    assert "corrected by Holm for 2 cells" in page.text
+    assert "b: 1 test row that a run was searched on left out for all models." in page.text
+
+
+SIGNIFICANT = "35.0% [26.4, 44.7]-15.0 [-25.0, -5.0]p <0.001"
 
 
 def test_the_matrix_is_a_table_for_everybody(run: Path) -> None:
-    """Every number has heads on both sides, and what a colour says is said in numbers, too."""
+    """Every number has heads on both sides; colour is for what is significant, and says nothing that numbers do not."""
     text = report_text(run).partition('<h2 id="transfer-heading">')[2].partition("</section>")[0]
     assert text.count('<th scope="col">') == 3
     assert text.count('<th scope="row">') == 3
-    assert re.findall(r'<td class="(h\d)">', text) == ["h7", "h3", "h5"]
-    assert "Colours: change against the full model, in points." in text
+    assert re.findall(r'<td class="h\d">[^<]*', text) == ['<td class="h2">35.0% [26.4, 44.7]']
+    assert "Coloured where p is below 0.05, by the change in points:" in text
+
+
+def test_a_matrix_of_counts_alone(tmp_path: Path) -> None:
+    """As it may be written by hand: without p-values nothing is coloured, and nothing is said of tests."""
+    write_report_run(tmp_path / "run", Shape(rounds=1))
+    names = ("searched_on", "tested_on", "baseline", "pruned")
+    with RunWriter.claim(str(tmp_path / "run")) as writer:
+        writer.write_result(
+            "transfer", {"scores": [{name: score[name] for name in names} for score in TRANSFER["scores"]]}
+        )
+    told = Page(report(tmp_path / "run", tmp_path))
+    assert row_of(told, "a") == ["a", "60.0% [50.2, 69.1]+10.0own task", "35.0% [26.4, 44.7]-15.0"]
+    assert row_of(told, "b", "–") == ["b", "–", "50.0% [40.4, 59.6]+0.0own task"]
+    assert "corrected by Holm for" not in told.text.partition("Searched on one task")[2].partition("Cost")[0]
+    assert not any((found.get("class") or "").startswith("h") for found in told.tags("td"))
 
 
 @pytest.mark.parametrize(

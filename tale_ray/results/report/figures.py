@@ -142,7 +142,7 @@ def cell_bin(cell: Cell, baseline: float) -> int | None:
 
 def shade(difference: float) -> int:
     """Return the number of the colour of a difference of accuracies: 0 is the lowest."""
-    return sum(difference >= edge for edge in BIN_EDGES)
+    return sum(round(difference, 9) >= edge for edge in BIN_EDGES)  # a float's own error is no difference
 
 
 def cell_title(cell: Cell) -> str:
