@@ -55,7 +55,7 @@ TRANSFER: dict[str, Any] = {
             "tested_on": tested,
             "is_own": searched == tested,
             "baseline": {"correct": 50, "total": 100},
-            "pruned": {"correct": correct, "total": 100},
+            "pruned": {"correct": correct, "total": 100, "invalid": 100 - 2 * correct if correct < 50 else 0},
             "difference_interval": [(correct - 60) / 100, (correct - 40) / 100],
             "p_value_holm": p_value,
         }

@@ -213,7 +213,7 @@ def test_the_matrix_of_transfer(page: Page) -> None:
     assert "b: 1 test row that a run was searched on left out for all models." in page.text
 
 
-SIGNIFICANT = "35.0% [26.4, 44.7]-15.0 [-25.0, -5.0]p <0.001"
+SIGNIFICANT = "35.0% [26.4, 44.7]30 invalid-15.0 [-25.0, -5.0]p <0.001"
 
 
 def test_the_matrix_is_a_table_for_everybody(run: Path) -> None:
@@ -228,11 +228,15 @@ def test_the_matrix_is_a_table_for_everybody(run: Path) -> None:
 def test_a_matrix_of_counts_alone(tmp_path: Path) -> None:
     """As it may be written by hand: without p-values nothing is coloured, and nothing is said of tests."""
     write_report_run(tmp_path / "run", Shape(rounds=1))
-    names = ("searched_on", "tested_on", "baseline", "pruned")
+    scores = [
+        {
+            **{name: score[name] for name in ("searched_on", "tested_on", "baseline")},
+            "pruned": {"correct": score["pruned"]["correct"], "total": 100},
+        }
+        for score in TRANSFER["scores"]
+    ]
     with RunWriter.claim(str(tmp_path / "run")) as writer:
-        writer.write_result(
-            "transfer", {"scores": [{name: score[name] for name in names} for score in TRANSFER["scores"]]}
-        )
+        writer.write_result("transfer", {"scores": scores})
     told = Page(report(tmp_path / "run", tmp_path))
     assert row_of(told, "a") == ["a", "60.0% [50.2, 69.1]+10.0own task", "35.0% [26.4, 44.7]-15.0"]
     assert row_of(told, "b", "–") == ["b", "–", "50.0% [40.4, 59.6]+0.0own task"]

@@ -1,6 +1,7 @@
 """Layers found on one task, tested on another: every cell against plain models on plain rows, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,11 +83,12 @@ def digests_of(run: Path, scope: str) -> list[str]:
     return list(parquet.read_table(run / "answers" / f"{scope}.parquet")["row_digest"].to_pylist())
 
 
-def plain_answers(model: Any, rows: Sequence[dict[str, Any]], removed: Sequence[int]) -> list[bool]:
-    """Which rows a model that was rebuilt without some layers answers correctly, one after another."""
+def plain_answers(model: Any, rows: Sequence[dict[str, Any]], removed: Sequence[int]) -> tuple[list[bool], int]:
+    """Which rows a model that was rebuilt without some layers answers correctly, one by one; and unreadable replies."""
     prompts = [encode(tiny_tokenizer(), [{"role": "user", "content": row["question"]}]) for row in rows]
     replies = oracle_replies(model, tiny_tokenizer(), removed, prompts, 1)
-    return [reply.strip() == row["answer"] for reply, row in zip(replies, rows, strict=True)]
+    correct = [reply.strip() == row["answer"] for reply, row in zip(replies, rows, strict=True)]
+    return correct, sum(re.search(r"t\d+", reply) is None for reply in replies)
 
 
 def test_every_cell_is_what_a_plain_model_answers(
@@ -115,9 +117,11 @@ def test_every_cell_is_what_a_plain_model_answers(
             assert (score["searched_on"], score["tested_on"]) == (searched_on, tested_on)
             assert score["is_own"] == (searched_on == tested_on)
             asked = [rows[tested_on][digest] for digest in used[tested_on]]
-            full, pruned = plain_answers(model, asked, ()), plain_answers(model, asked, removed[searched_on])
-            for side, answers in (("baseline", full), ("pruned", pruned)):
-                assert (score[side]["correct"], score[side]["total"]) == (sum(answers), len(asked))
+            full, num_full = plain_answers(model, asked, ())
+            pruned, num_pruned = plain_answers(model, asked, removed[searched_on])
+            for side, answers, invalid in (("baseline", full, num_full), ("pruned", pruned, num_pruned)):
+                counts = [score[side][name] for name in ("correct", "total", "invalid")]
+                assert counts == [sum(answers), len(asked), invalid]
                 wilson = binomtest(sum(answers), len(asked)).proportion_ci(0.95, method="wilson")
                 assert score[side]["interval"] == pytest.approx([wilson.low, wilson.high])
             wins = sum(a and not b for a, b in zip(pruned, full, strict=True))

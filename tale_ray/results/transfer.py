@@ -6,6 +6,7 @@ know who scored them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -123,12 +124,14 @@ def _score(correct: Sequence[bool], invalid: int) -> dict[str, Any]:
 
 def transfer_table(values: Mapping[str, Any]) -> RenderableType:
     """Return the matrix for a person: accuracy, change against the full model, and p-value in every cell."""
-    model = values["model"]
-    table = Table(title=f"{model['model']}: layers searched on one task (rows), tested on another (columns)")
+    model = values["model"]["model"]
+    name = PurePosixPath(model).name if model.startswith("/") else model
+    table = Table(title=f"{name}: layers searched on one task (rows), tested on another (columns)")
     table.add_column("searched on")
     for task in values["tested_on"]:
         table.add_column(Text(f"{task['name']}\n{count_text(task['rows']['count'], 'test row')}"), justify="right")
-    table.add_row("uncut", *(_accuracy(task["baseline"]) for task in values["tested_on"]), end_section=True)
+    baselines = [Text("\n".join(_accuracy_lines(task["baseline"]))) for task in values["tested_on"]]
+    table.add_row("uncut", *baselines, end_section=True)
     cells = {(score["searched_on"], score["tested_on"]): score for score in values["scores"]}
     for source in values["searched_on"]:
         head = Text(f"{source['name']}\nwithout {layers_text(source['removed'])}")
@@ -137,7 +140,7 @@ def transfer_table(values: Mapping[str, Any]) -> RenderableType:
     notes = [
         "in each cell: accuracy; change against the uncut model on the same rows, in points; p-value of an exact "
         f"McNemar test, corrected by Holm for {count_text(values['num_tests'], 'cell')}. In brackets: 95% intervals. "
-        "*: tested on the task of its own search",
+        "*: tested on the task of its own search. invalid: replies from which no answer could be read, counted as wrong",
         *(
             f"{task['name']}: {count_text(task['left_out'], 'test row')} that a run was searched on left out for all "
             "models"
@@ -152,9 +155,10 @@ def _cell_text(score: Mapping[str, Any], source: Mapping[str, Any]) -> Text:
     mark = " *" if score["is_own"] else ""
     if not source["removed"]:
         return Text(f"the uncut model{mark}")
-    lines = (_accuracy(score["pruned"]), difference_text(score), f"p {p_text(score['p_value_holm'])}{mark}")
+    lines = (*_accuracy_lines(score["pruned"]), difference_text(score), f"p {p_text(score['p_value_holm'])}{mark}")
     return Text("\n".join(lines))
 
 
-def _accuracy(score: Mapping[str, Any]) -> str:
-    return f"{percent(score['correct'] / score['total'])} {interval_text(score['interval'])}"
+def _accuracy_lines(score: Mapping[str, Any]) -> tuple[str, ...]:
+    accuracy = f"{percent(score['correct'] / score['total'])} {interval_text(score['interval'])}"
+    return (accuracy, f"{score['invalid']} invalid") if score["invalid"] else (accuracy,)

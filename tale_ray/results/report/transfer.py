@@ -25,6 +25,7 @@ class Accuracy:
     correct: int
     total: int
     interval: Interval
+    invalid: int  # replies from which no answer could be read; 0 if that is not stored
 
     @property
     def share(self) -> float:
@@ -114,8 +115,9 @@ def _tested(entry: Mapping[str, Any], path: str) -> tuple[tuple[str, str], Teste
 
 
 def _accuracy(score: Mapping[str, Any], path: str) -> Accuracy:
-    check_fields(score, {"correct": int, "total": int}, path, _REMEDY)
-    correct, total = score["correct"], score["total"]
+    found = {"invalid": 0, **score}
+    check_fields(found, {"correct": int, "total": int, "invalid": int}, path, _REMEDY)
+    correct, total = found["correct"], found["total"]
     if not 0 <= correct <= total or not total:
         raise StoreError(f"{path} was changed: {correct} of {total} rows are no score; {_REMEDY}")
-    return Accuracy(correct, total, wilson_interval(correct, total))
+    return Accuracy(correct, total, wilson_interval(correct, total), found["invalid"])
