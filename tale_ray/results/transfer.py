@@ -140,7 +140,7 @@ def transfer_table(values: Mapping[str, Any]) -> RenderableType:
     notes = [
         "in each cell: accuracy; change against the uncut model on the same rows, in points; p-value of an exact "
         f"McNemar test, corrected by Holm for {count_text(values['num_tests'], 'cell')}. In brackets: 95% intervals. "
-        "*: tested on the task of its own search. invalid: replies from which no answer could be read, counted as wrong",
+        "*: tested on the task of its own search. invalid: replies without a readable answer, counted as wrong",
         *(
             f"{task['name']}: {count_text(task['left_out'], 'test row')} that a run was searched on left out for all "
             "models"
