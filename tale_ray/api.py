@@ -9,12 +9,14 @@ from typing import Any, Literal, overload
 
 from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_round, run_evaluation, stored_identity
 from tale_ray.attempt.export import ExportDType, run_export
+from tale_ray.attempt.latency import run_latency, store_latency
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.attempt.study import StudyOpened, run_study
 from tale_ray.config import SearchConfig, StorageSection, StrategySection
 from tale_ray.errors import ConfigError
 from tale_ray.option_texts import check_seeds, parse_bytes, parse_duration, parse_layers, parse_seeds, parse_splits
 from tale_ray.records import Round, Score, SplitName
+from tale_ray.report_file import write_report
 from tale_ray.results.held_out import selected_result
 from tale_ray.results.study import summarize_study
 from tale_ray.results.summary import stored_history, summarize
@@ -82,6 +84,32 @@ class Run:
         moved = None if model is None else os.fspath(model)
         options: Mapping[str, Any] = {"base_model": base_model, "push_to_hub": push_to_hub}
         return run_export(self.uri, out, pick=str(pick), model=moved, dtype=dtype, **options).folder
+
+    def report(
+        self,
+        output: str | os.PathLike[str] = "report.html",
+        *,
+        plots: str | os.PathLike[str] | None = None,
+        data_root: str | os.PathLike[str] | None = None,
+    ) -> Path:
+        """Write what is found as one page of HTML, as `tale-ray report` does, and return its path.
+
+        Raises:
+            UsageError: it cannot be written there, or a file of the run is damaged.
+        """
+        root = None if data_root is None else os.fspath(data_root)
+        return write_report(self.uri, Path(output), None if plots is None else Path(plots), root)[0]
+
+    def latency(self, pick: str | int = "best", *, store: bool = False, **options: Any) -> dict[str, Any]:
+        """Measure what a result saves, and return what `tale-ray latency --json` prints; takes its options.
+
+        Raises:
+            UsageError: there is no such result, it removes nothing, or a value breaks a rule.
+        """
+        values = run_latency(self.uri, pick=str(pick), **options)
+        if store:
+            store_latency(self.uri, values)
+        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,11 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 import tale_ray
 from tale_ray import watch
@@ -38,12 +37,12 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
+from tale_ray.cli_shown import changed, given, shown
+from tale_ray.cli_transfer import transfer
 from tale_ray.config import DEFAULT_BEAM_WIDTH, MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
-from tale_ray.log_lines import LogLines
 from tale_ray.option_file import read_option_file
 from tale_ray.option_texts import parse_seeds
-from tale_ray.progress import Display
 from tale_ray.results.tables import count_text, evaluation_json, evaluation_text
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.study import StudyFolder
@@ -127,7 +126,7 @@ def search(context: click.Context, /, dry_run: bool, log_json: bool, seeds: str 
 
     Goes on with an unfinished search, and prints the result of a finished one again.
     """
-    config = make_config(**_given(options))
+    config = make_config(**given(options))
     chosen = _chosen_seeds(context, seeds, config.task.seed)
     if dry_run:
         for each in [config] if chosen is None else plan_study(config, chosen)[1]:
@@ -156,9 +155,9 @@ def resume(context: click.Context, /, run: str, log_json: bool, **options: Any) 
     --epsilon or --max-removed is larger than it was. A study goes on with each of its runs.
     """
     if StudyFolder(run).exists():
-        _search(*resumed_study(run, **_changed(context, options)), log_json)
+        _search(*resumed_study(run, **changed(context, options)), log_json)
     else:
-        _search(resumed_config(run, **_changed(context, options)), None, log_json)
+        _search(resumed_config(run, **changed(context, options)), None, log_json)
 
 
 @cli.command()
@@ -207,15 +206,15 @@ def evaluate(
 
     With --run, model and rows have to be those of the run, but for what other options ask to be different.
     """
-    given = _given(options) if run is None else _changed(context, options)
-    config, expected = evaluated_config(run, pick, **given)
+    chosen_options = given(options) if run is None else changed(context, options)
+    config, expected = evaluated_config(run, pick, **chosen_options)
     if store and run is None:
         raise ConfigError("--store keeps answers in a run: name it with --run, or leave the option out")
     interruption = Interruption()
     evaluation = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruption.on_signals())
-        display = stack.enter_context(_shown(log_json))
+        display = stack.enter_context(shown(log_json))
         keep = stack.enter_context(kept_answers(run, config, expected, split)) if store and run else None
         chosen: Any = None if split == "all" else split
         for event in run_evaluation(config, expected, chosen, interruption):
@@ -260,11 +259,11 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     the target.
     """
     if model is not None:
-        config = make_config(model=model, task=name, **_given(options))
+        config = make_config(model=model, task=name, **given(options))
         click.echo(preview_text(preview_row(config.model, config.task, row or 0)))
         return
-    if given := sorted({"row", "shots", "seed", "splits"} & _changed(context, {"row": row, **options}).keys()):
-        raise ConfigError(f"--{given[0]} is about a row as a model is asked it: name the model with --model")
+    if idle := sorted({"row", "shots", "seed", "splits"} & changed(context, {"row": row, **options}).keys()):
+        raise ConfigError(f"--{idle[0]} is about a row as a model is asked it: name the model with --model")
     if name.startswith(HARNESS):
         spec, examples = load_harness_task(name, options["include_path"], num_shots=0)
         click.echo(describe_task(spec, len(examples)))
@@ -276,22 +275,8 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (export, *REPORT_COMMANDS, latency, plan, doctor, *JOB_COMMANDS):
+for _command in (export, *REPORT_COMMANDS, transfer, latency, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that have a value."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _changed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were set for this call, by whatever means."""
-    return {
-        name: value
-        for name, value in _given(options).items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
 
 
 def _chosen_seeds(context: click.Context, seeds: str | None, seed: int) -> tuple[int, ...] | None:
@@ -304,25 +289,11 @@ def _chosen_seeds(context: click.Context, seeds: str | None, seed: int) -> tuple
     return None if one is ParameterSource.COMMANDLINE else parse_seeds(seeds)
 
 
-@contextlib.contextmanager
-def _shown(log_json: bool) -> Iterator[Display | LogLines]:
-    """Show events on stderr, for people or for programs; an error that ends the block is among the latter's."""
-    if not log_json:
-        with Display(Console(stderr=True)) as display:
-            yield display
-        return
-    try:
-        with LogLines(sys.stderr) as lines:
-            yield lines
-    except TaleRayError as error:
-        sys.exit(error.exit_code)
-
-
 def _search(config: SearchConfig, seeds: Sequence[int] | None, log_json: bool) -> None:
     """Search, once or with each seed, show how it goes on stderr, and print the result on stdout."""
     interruption = Interruption()
     run = None
-    with interruption.on_signals(config.storage.time_limit_seconds), _shown(log_json) as display:
+    with interruption.on_signals(config.storage.time_limit_seconds), shown(log_json) as display:
         try:
             for event in run_search(config, interruption) if seeds is None else run_study(config, seeds, interruption):
                 if isinstance(event, StudyOpened):

@@ -7,15 +7,12 @@ import click
 
 from tale_ray.cli_options import data_root_option, json_option, with_options
 from tale_ray.errors import ConfigError
-from tale_ray.output_file import check_file, check_place, write_text
+from tale_ray.output_file import check_file
+from tale_ray.report_file import write_report
 from tale_ray.results.compare import compare_runs
 from tale_ray.results.compare_tables import comparison_table, write_comparison_figure
-from tale_ray.results.report.data import gather
-from tale_ray.results.report.page import render_page
-from tale_ray.results.report.plots import check_matplotlib, write_plots
-from tale_ray.results.report.prompts import find_prompts
+from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.results.tables import output_console
-from tale_ray.store.reader import RunReader
 
 
 @click.command()
@@ -41,16 +38,9 @@ def report(run: str, output: Path, plots: Path | None, data_root: str | None) ->
     Reads the run's storage alone, while it runs, too. Prompts are not stored in a run: they are shown where the rows of
     the task are at hand (generated, in files, or under --data-root).
     """
-    check_file(output, "--output")
-    if plots is not None:
-        check_place(plots / "trajectory.png", "--plots")
-        check_matplotlib()
-    data = gather(RunReader(run))
-    digests = {change.digest for each in data.row_by_row for change in (*each.wins, *each.losses)}
-    prompts = find_prompts(data.manifest, digests, data_root) if data.manifest and digests else None
-    write_text(output, render_page(data, prompts), "--output")
-    click.echo(f"report: {output}")
-    for path in () if plots is None else write_plots(data, plots):
+    page, *figures = write_report(run, output, plots, data_root)
+    click.echo(f"report: {page}")
+    for path in figures:
         click.echo(f"figure: {path}")
 
 
@@ -68,8 +58,8 @@ def report(run: str, output: Path, plots: Path | None, data_root: str | None) ->
 def compare(runs: tuple[str, ...], as_json: bool, figure: Path | None) -> None:
     """Compare runs on the same test rows, at equal numbers of removed layers: accuracy, paired tests, search cost.
 
-    Reads their storage alone. Refuses runs whose test rows differ. Rounds whose answers to test rows are not stored are
-    marked, with the command that scores them.
+    Reads their storage alone. Refuses runs whose test rows differ, and studies, whose runs differ in theirs. Rounds
+    whose answers to test rows are not stored are marked, with the command that scores them.
     """
     if figure is not None:
         check_file(figure, "--figure")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.attempt.study import SeedStarted
+from tale_ray.attempt.transfer import CellScored
 from tale_ray.records import Measurement, Round, Score
 from tale_ray.results.tables import count_text, removal_text
 from tale_ray.search.driver import (
@@ -118,6 +119,8 @@ class Display:
                 self._say(f"round {entry.number} is selected, on select rows: {_accuracy(score)}")
             case HeldOutScored(name, score):
                 self._say(f"{name} on test rows: {_accuracy(score)}")
+            case CellScored(searched_on, tested_on, score):
+                self._say(f"{searched_on or 'uncut'}, tested on {tested_on}: {_accuracy(score)}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -107,7 +107,7 @@ def make_material(folder: Path) -> Material:
     """Write everything into a folder. The rows' answers are mostly what the model itself replies."""
     model = _save_model(folder / "model", seed=0)
     _save_model(folder / "other", seed=1)
-    rows = _rows(model)
+    rows = make_rows(model)
     write_rows(folder / "rows.jsonl", rows)
     (folder / "tiny.yaml").write_text(task_text("tiny"))
     (folder / "long.yaml").write_text(task_text("long", num_tokens=100))
@@ -145,10 +145,10 @@ def _save_model(folder: Path, seed: int) -> Any:
     return model
 
 
-def _rows(model: Any) -> list[dict[str, Any]]:
+def make_rows(model: Any, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of random words; every fifth has an answer that the model does not give."""
     tokenizer = tiny_tokenizer()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in range(NUM_ROWS):
         words = torch.randint(3, VOCABULARY, (6,), generator=generator).tolist()

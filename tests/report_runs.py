@@ -45,16 +45,22 @@ LATENCY = {
     "device": "cpu",
     "removed": [3, 7],
 }
-TRANSFER = {
+TRANSFER: dict[str, Any] = {
+    "searched_on": [{"name": "a", "removed": [7, 3]}, {"name": "b", "removed": []}],
+    "tested_on": [{"name": "a", "left_out": 0}, {"name": "b", "left_out": 1}],
+    "num_tests": 2,
     "scores": [
         {
             "searched_on": searched,
             "tested_on": tested,
+            "is_own": searched == tested,
             "baseline": {"correct": 50, "total": 100},
-            "pruned": {"correct": correct, "total": 100},
+            "pruned": {"correct": correct, "total": 100, "invalid": 100 - 2 * correct if correct < 50 else 0},
+            "difference_interval": [(correct - 60) / 100, (correct - 40) / 100],
+            "p_value_holm": p_value,
         }
-        for searched, tested, correct in (("a", "a", 60), ("a", "b", 45), ("b", "b", 50))
-    ]
+        for searched, tested, correct, p_value in (("a", "a", 60, 0.2), ("a", "b", 35, 0.0004), ("b", "b", 50, 1.0))
+    ],
 }
 
 

@@ -256,3 +256,31 @@ def test_a_search_in_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch
 
 def test_the_command_line_can_go_on_with_it(run: Any) -> None:
     assert command("resume", run.uri).code == 0
+
+
+def test_a_report_of_a_run(run: Any, tmp_path: Path) -> None:
+    assert command("report", run.uri, "-o", tmp_path / "command.html").code == 0
+    assert run.report(tmp_path / "api.html", plots=str(tmp_path / "plots")) == tmp_path / "api.html"
+    assert (tmp_path / "api.html").read_text() == (tmp_path / "command.html").read_text()
+    assert (tmp_path / "plots" / "trajectory.svg").exists()
+    with pytest.raises(ConfigError, match="is in the run folder"):
+        run.report(Path(run.uri) / "report.html")
+
+
+def test_runs_are_compared(run: Any, material: Material, options: dict[str, Any], tmp_path: Path) -> None:
+    other = tale_ray.search(**options, run=tmp_path / "other", rows=20, strategy="reverse", max_removed=2)
+    assert tale_ray.compare(run, tmp_path / "other") == command("compare", run.uri, other.uri, "--json").json
+    with pytest.raises(ConfigError, match="1 run is nothing to compare"):
+        tale_ray.compare(run)
+
+
+def test_latency_of_a_result(run: Any, tmp_path: Path) -> None:
+    moved = tale_ray.open_run(shutil.copytree(run.uri, tmp_path / "run"))
+    few = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch_sizes": (1,)}
+    found = moved.latency(1, **few)
+    assert (found["round"], found["prompt_tokens"], len(found["batches"])) == (1, 4, 1)
+    assert not (tmp_path / "run" / "results" / "latency.json").exists()
+    stored = moved.latency("final", store=True, **few)
+    assert json.loads((tmp_path / "run" / "results" / "latency.json").read_text()) == {**stored, "schema_version": 1}
+    with pytest.raises(ConfigError, match="repeats: 0 is too small"):
+        moved.latency(1, repeats=0)

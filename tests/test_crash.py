@@ -7,6 +7,7 @@ command.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,36 @@ def test_a_driver_killed_ten_times_decides_as_one_never_killed(
     assert killed["work"]["candidate_rows"] == undisturbed["work"]["candidate_rows"]
     assert killed["attempts"] == len(KILLS), "all but the one that was killed while it loaded"
     assert list(run.rglob("_tmp-*")) == [], "left-overs are cleaned up"
+
+
+def test_a_matrix_of_transfer_that_is_killed_goes_on(
+    material: Material, start: Callable[..., Driver], tmp_path: Path
+) -> None:
+    runs = [tmp_path / "runs" / name for name in ("short", "long")]
+    for run, task in zip(runs, (material.task, material.long_task), strict=True):
+        assert material.search(run, "--task", task, "--max-removed", "1").code == 0
+    quiet = shutil.copytree(tmp_path / "runs", tmp_path / "quiet")
+    transfer = ["transfer", *runs, "--pick", "final", "--local", "--json"]
+
+    def units() -> set[Path]:
+        return {path for run in runs for path in run.glob("partial/transfer-*/*.parquet")}
+
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
+        driver, before = start(*transfer), units()
+        driver.wait_until(lambda known=before: len(units() - known) >= 2)
+        driver.signal(number)
+        assert driver.exit_code(EXIT_SECONDS) == code, driver.said
+        assert before <= units(), "what is stored stays"
+        for run in runs:
+            assert_nothing_scored_twice(run)
+            assert not (run / "results" / "transfer.json").exists()
+    assert driver.said.strip().splitlines()[-1] == (
+        "tale-ray: SIGTERM was received: what is scored is stored; run the same command again"
+    )
+    finished = command(*transfer)
+    assert finished.code == 0, finished.err
+    undisturbed = command("transfer", quiet / "short", quiet / "long", "--pick", "final", "--local", "--json")
+    assert finished.json["scores"] == undisturbed.json["scores"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

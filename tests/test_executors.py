@@ -226,6 +226,26 @@ def test_a_unit_that_fails_by_accident(executor: Executor, worker: str) -> None:
     assert done.result.unit.number == 6
 
 
+def test_other_questions_are_answered_as_such(executor: Executor, worker: str, loaded: LoadedModel) -> None:
+    """Nothing is left of rows that had the same positions before; the worker joins again when it has them."""
+    first = replace(QUESTIONS, max_new_tokens=1)  # states of rows are remembered where nothing more is decoded
+    others = replace(first, rows={"search": [PromptRow(prompt, "t9") for prompt in tiny_prompts(6, seed=7)]})
+    later = replace(unit(22), scope="round-0002", removed=(2,))  # goes on from states that are known
+    results = []
+    try:
+        for questions, each in ((first, unit(21, candidates=(None, 1, 2, 3))), (others, later)):
+            executor.share(questions)
+            executor.submit(worker, each)
+            results += [event.result for event in poll_until(executor, 1, UnitDone) if isinstance(event, UnitDone)]
+    finally:
+        executor.share(QUESTIONS)
+        poll_until(executor, 1, WorkerJoined)
+    direct = Scorer(loaded).score(later, others.rows["search"], others.answer, 1, "direct")
+    before = Scorer(loaded).score(later, first.rows["search"], first.answer, 1, "direct")
+    assert without_seconds(results[-1]) == without_seconds(direct)
+    assert [each.answers for each in results[-1].candidates] != [each.answers for each in before.candidates]
+
+
 def test_a_local_worker_uses_no_more_gpus_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Seen(Exception):
         pass

@@ -245,6 +245,23 @@ def test_real_replies_agree_with_lm_eval(tmp_path: Path, removed: tuple[int, ...
 # Searches.
 
 
+def test_layers_found_on_one_task_are_tested_on_another(corner: Corner, tmp_path: Path) -> None:
+    """One is judged by likelihoods, the other one by its replies; every cell is what `evaluate` says."""
+    choices, replies = corner.write_task(CHOICES), f"{corner.write_task(REPLIES)}:exact_match,whole"
+    options = ("--include-path", corner.include_path, "--local")
+    search = ("search", "--model", corner.model, "--task", choices, *options, "--epsilon", "1", "--max-removed", "1")
+    assert command(*search, "--run", tmp_path / "run").code == 0
+    found = command("transfer", tmp_path / "run", "--task", replies, "--pick", "final", "--json", *options)
+    assert found.code == 0, found.err
+    (layer,) = found.json["searched_on"][0]["removed"]
+    assert [score["is_own"] for score in found.json["scores"]] == [True, False]
+    for score, task in zip(found.json["scores"], (choices, replies), strict=True):
+        for side, removed in (("baseline", ""), ("pruned", layer)):
+            alone = ("evaluate", "--model", corner.model, "--task", task, "--remove", removed, "--json", *options)
+            scored = command(*alone)
+            assert {name: scored.json[name] for name in score[side]} == score[side]
+
+
 def test_a_search_of_a_task(corner: Corner, tmp_path: Path) -> None:
     name = corner.write_task({**CHOICES, "task": "searched"})
     options = ["--model", corner.model, "--include-path", corner.include_path, "--local", "--max-removed", "1"]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from folders import command, show
 from places import Place
-from report_runs import EVIL, LATENCY, NUM_LAYERS, Shape, write_report_run
+from report_runs import EVIL, LATENCY, NUM_LAYERS, TRANSFER, Shape, write_report_run
 from stored_runs import write_run
 
 from tale_ray.results.report.data import gather
@@ -191,8 +191,6 @@ def test_optional_sections(run: Path, page: Page, tmp_path: Path) -> None:
     assert row_of(page, name) == [name, "0.125 [0.12, 0.13]", "0.1 [0.09, 0.11]", "0.80"]
     assert row_of(page, "tokens per second") == ["tokens per second", "80", "100", "1.25"]
     assert "device: cpu; removed: 3, 7." in page.text
-    assert row_of(page, "a", "+10.0 (60.0%)") == ["a", "+10.0 (60.0%)", "-5.0 (45.0%)"]
-    assert row_of(page, "b", "–") == ["b", "–", "+0.0 (50.0%)"]
     bare = tmp_path / "run"
     write_report_run(bare, how="interrupted")
     assert "Latency" not in report(bare, tmp_path)
@@ -202,6 +200,66 @@ def test_optional_sections(run: Path, page: Page, tmp_path: Path) -> None:
     assert broken.code == 2
     assert "latency.json" in broken.err
     assert not (tmp_path / "x.html").exists()
+
+
+def test_the_matrix_of_transfer(page: Page) -> None:
+    head = page.rows.index(["searched on", "a, 100 test rows", "b, 100 test rows"])
+    assert page.rows[head + 1 : head + 4] == [
+        ["full model", "50.0% [40.4, 59.6]", "50.0% [40.4, 59.6]"],
+        ["awithout 7, 3", "60.0% [50.2, 69.1]+10.0 [+0.0, +20.0]p 0.200own task", SIGNIFICANT],
+        ["bwithout none", "–", "50.0% [40.4, 59.6]+0.0 [-10.0, +10.0]p 1.000own task"],
+    ]
+    assert "corrected by Holm for 2 cells" in page.text
+    assert "b: 1 test row that a run was searched on left out for all models." in page.text
+
+
+SIGNIFICANT = "35.0% [26.4, 44.7]30 invalid-15.0 [-25.0, -5.0]p <0.001"
+
+
+def test_the_matrix_is_a_table_for_everybody(run: Path) -> None:
+    """Every number has heads on both sides; colour is for what is significant, and says nothing that numbers do not."""
+    text = report_text(run).partition('<h2 id="transfer-heading">')[2].partition("</section>")[0]
+    assert text.count('<th scope="col">') == 3
+    assert text.count('<th scope="row">') == 3
+    assert re.findall(r'<td class="h\d">[^<]*', text) == ['<td class="h2">35.0% [26.4, 44.7]']
+    assert "Coloured where p is below 0.05, by the change in points:" in text
+
+
+def test_a_matrix_of_counts_alone(tmp_path: Path) -> None:
+    """As it may be written by hand: without p-values nothing is coloured, and nothing is said of tests."""
+    write_report_run(tmp_path / "run", Shape(rounds=1))
+    scores = [
+        {
+            **{name: score[name] for name in ("searched_on", "tested_on", "baseline")},
+            "pruned": {"correct": score["pruned"]["correct"], "total": 100},
+        }
+        for score in TRANSFER["scores"]
+    ]
+    with RunWriter.claim(str(tmp_path / "run")) as writer:
+        writer.write_result("transfer", {"scores": scores})
+    told = Page(report(tmp_path / "run", tmp_path))
+    assert row_of(told, "a") == ["a", "60.0% [50.2, 69.1]+10.0own task", "35.0% [26.4, 44.7]-15.0"]
+    assert row_of(told, "b", "–") == ["b", "–", "50.0% [40.4, 59.6]+0.0own task"]
+    assert "corrected by Holm for" not in told.text.partition("Searched on one task")[2].partition("Cost")[0]
+    assert not any((found.get("class") or "").startswith("h") for found in told.tags("td"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pruned": {"correct": 101, "total": 100}}, "101 of 100 rows are no score"),
+        ({"difference_interval": [0.1]}, "an interval of 1 numbers has no two ends"),
+        ({"p_value_holm": "small"}, "p_value_holm is 'small'"),
+    ],
+)
+def test_a_matrix_that_was_changed_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    write_report_run(tmp_path / "run", Shape(rounds=1))
+    with RunWriter.claim(str(tmp_path / "run")) as writer:
+        writer.write_result("transfer", {"scores": [{**TRANSFER["scores"][0], **change}]})
+    broken = command("report", tmp_path / "run", "-o", tmp_path / "x.html")
+    assert broken.code == 2
+    assert words in broken.err
+    assert "transfer.json" in broken.err
 
 
 def test_faults_survived(page: Page) -> None:

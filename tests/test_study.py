@@ -192,6 +192,22 @@ def test_wrong_seeds_are_refused(material: Material, tmp_path: Path, options: li
     assert not (tmp_path / "study").exists()
 
 
+def test_a_study_is_not_compared_as_if_it_were_one_run(study: Path, copy: Path) -> None:
+    """The remedy that is named works: runs of one seed have the same test rows."""
+    refused = command("compare", study, copy)
+    assert refused.code == 2
+    assert f"{study} is a study of the seeds 0, 1, 2: each of its runs has other test rows" in refused.err
+    remedy = f"tale-ray compare {study}/seed-0 {copy}/seed-0"
+    assert f"`{remedy}`" in refused.err
+    assert command(*remedy.split()[1:]).code == 0
+    assert "other test rows" in command("compare", study / "seed-0", study / "seed-1").err
+    alone = command("compare", study)
+    assert "e.g." not in alone.err
+    assert f"`tale-ray show {study}` has all its runs in one table" in alone.err
+    beside = command("compare", copy / "seed-2", study)
+    assert f"`tale-ray compare {copy}/seed-2 {study}/seed-2`" in beside.err
+
+
 def test_folders_that_are_no_study_or_another_one_are_refused(material: Material, study: Path, tmp_path: Path) -> None:
     other = material.search(study, "--seeds", "0,1")
     assert (other.code, "holds a study of the seeds 0,1,2" in other.err) == (2, True)

@@ -49,6 +49,7 @@ class StoredIdentity:
     task: Mapping[str, Any] | None = None  # what can change a prediction or its score; None: may be another
     rows: Mapping[str, str] = field(default_factory=dict)  # digest by split, of those that have to be the same
     baseline: Mapping[SplitName, AnswerSheet] = field(default_factory=dict)  # the full model's, if all of these are
+    may_differ: bool = True  # with --task and --model: what is refused says so
 
     def check_task(self, prepared: PreparedRows) -> None:
         """Refuse another task or other rows.
@@ -58,17 +59,18 @@ class StoredIdentity:
         """
         asked = prepared.spec.identity()
         if self.task is not None and (changed := [key for key in asked if self.task.get(key) != asked[key]]):
+            way_out = ", or name it with --task to score the run on it as it is" if self.may_differ else ""
             raise StoreError(
                 f"task {prepared.spec.name} is no longer what {self.run} was searched on: `{changed[0]}` has changed; "
-                "restore the task file, or name it with --task to score the run on it as it is"
+                f"restore the task file{way_out}"
             )
         for split, examples in prepared.splits.items():
             digest = digest_rows([example.digest for example in examples])
             if (stored := self.rows.get(split, digest)) != digest:
+                way_out = ", or name the task with --task to score the run on the rows as they are"
                 raise StoreError(
                     f"the {split} rows of task {prepared.spec.name} are not those that {self.run} was searched on "
-                    f"(SHA-256 {stored[:12]}, now {digest[:12]}); restore its data, or name the task with --task to "
-                    "score the run on the rows as they are"
+                    f"(SHA-256 {stored[:12]}, now {digest[:12]}); restore its data{way_out if self.may_differ else ''}"
                 )
 
     def check_model(self, info: ModelInfo, model: str) -> None:
@@ -78,10 +80,10 @@ class StoredIdentity:
             StoreError: the message names what differs.
         """
         if (stored := self.model.get("digest", info.digest)) != info.digest:
+            way_out = "name it with --model to score it as it is" if self.may_differ else "say with --model where it is"
             raise StoreError(
                 f"the model {model} is not the one that {self.run} was searched with "
-                f"(SHA-256 {stored[:12]}, now {info.digest[:12]}); restore it, or name it with --model to score it as "
-                "it is"
+                f"(SHA-256 {stored[:12]}, now {info.digest[:12]}); restore it, or {way_out}"
             )
         if (stored := self.model.get("dtype", info.dtype)) != info.dtype:
             raise StoreError(

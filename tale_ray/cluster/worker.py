@@ -77,13 +77,14 @@ class Worker:
         return rows
 
     def share(self, questions: Questions) -> None:
-        """Take the questions that units refer to.
+        """Take the questions that units refer to from now on.
 
         Raises:
             TaskError: a task of lm-evaluation-harness is not the same here.
         """
         if questions.answer.harness is not None:
             load_for_scoring(questions.answer.harness)
+        self._scorer.forget()  # states of other rows, which had the same positions
         self._questions = questions
 
     def score(self, unit: WorkUnit) -> UnitResult:

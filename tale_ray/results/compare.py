@@ -19,6 +19,7 @@ from tale_ray.search.driver import held_out_scope
 from tale_ray.search.history import History
 from tale_ray.store.documents import Manifest
 from tale_ray.store.reader import RunReader
+from tale_ray.store.study import StudyFolder, seed_uri
 from tale_ray.store.tables import AnswerSheet
 
 
@@ -49,9 +50,10 @@ def compare_runs(uris: Sequence[str]) -> dict[str, Any]:
     the same model without the same layers (`is_same`), whose answers cannot differ.
 
     Raises:
-        ConfigError: there are fewer than two runs, one twice, or they do not have the same test rows.
+        ConfigError: there are fewer than two runs, one twice, a study, or they do not have the same test rows.
         StoreError: there is no run, or a file of it is damaged.
     """
+    _check_studies(uris)
     if len(uris) < 2:
         raise ConfigError(f"{len(uris)} run is nothing to compare: name two at least")
     readers = [RunReader(uri) for uri in uris]
@@ -73,6 +75,26 @@ def compare_runs(uris: Sequence[str]) -> dict[str, Any]:
         "pairs": _pairs(sides, numbers),
         "notes": _notes(sides),
     }
+
+
+def _check_studies(uris: Sequence[str]) -> None:
+    """Refuse studies: each of their runs has test rows of its own, so they cannot stand beside one another here."""
+    folders = [StudyFolder(uri) for uri in uris]
+    studies = [folder for folder in folders if folder.exists()]
+    if not studies:
+        return
+    seeds = [folder.manifest().seeds for folder in studies]
+    readers = [RunReader(uri) for uri, folder in zip(uris, folders, strict=True) if folder not in studies]
+    of_runs = {reader.manifest().config["task"]["seed"] for reader in readers if reader.exists()}
+    common = [seed for seed in seeds[0] if all(seed in others for others in seeds) and of_runs <= {seed}]
+    seed = next(iter(common), seeds[0][0])
+    named = [seed_uri(folder.uri, seed) if folder in studies else folder.uri for folder in folders]
+    example = f"name a run of one seed of each, e.g. `tale-ray compare {shlex.join(named)}`; " if len(named) > 1 else ""
+    raise ConfigError(
+        f"{studies[0].uri} is a study of the seeds {', '.join(map(str, seeds[0]))}: each of its runs has other test "
+        f"rows, and runs are compared on the same ones; {example}`tale-ray show {shlex.quote(studies[0].uri)}` has all "
+        "its runs in one table"
+    )
 
 
 def _check_rows(readers: Sequence[RunReader], manifests: Sequence[Manifest]) -> None:

@@ -112,7 +112,7 @@ class Executor(Protocol):
         ...
 
     def share(self, questions: Questions) -> None:
-        """Give the questions to every worker, now and when it joins."""
+        """Give the questions to every worker, now and when it joins; units submitted from now on refer to them."""
         ...
 
     def submit(self, worker: str, unit: WorkUnit) -> None:

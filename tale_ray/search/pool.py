@@ -122,7 +122,7 @@ class Pool:
 
     def _note(self, event: WorkerEvent) -> Iterator[PoolEvent]:
         match event:
-            case WorkerJoined(worker):
+            case WorkerJoined(worker) if worker not in self.workers:  # else it was given other questions
                 self.workers[worker] = None
                 yield WorkersChanged(worker, len(self.workers), None)
             case WorkerLeaving(worker):

@@ -137,7 +137,12 @@ def cell_bin(cell: Cell, baseline: float) -> int | None:
 
     Only what was scored on all rows has one: a share of some rows, the hard ones first, is no accuracy.
     """
-    return sum(cell.share - baseline >= edge for edge in BIN_EDGES) if cell.kind == "exact" else None
+    return shade(cell.share - baseline) if cell.kind == "exact" else None
+
+
+def shade(difference: float) -> int:
+    """Return the number of the colour of a difference of accuracies: 0 is the lowest."""
+    return sum(round(difference, 9) >= edge for edge in BIN_EDGES)  # a float's own error is no difference
 
 
 def cell_title(cell: Cell) -> str:

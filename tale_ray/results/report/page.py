@@ -58,6 +58,7 @@ def render_page(data: ReportData, prompts: Prompts | None = None) -> str:
         "percent": percent,
         "points": points,
         "measured": _measured,
+        "shade": figures.shade,
     }
     return environment.get_template("template.html").render(
         data=data,
@@ -74,6 +75,7 @@ def render_page(data: ReportData, prompts: Prompts | None = None) -> str:
         reply_excerpt=_reply,
         cell_title=figures.cell_title,
         configuration=_configuration(data),
+        transfer_heads=_transfer_heads(data),
         version=tale_ray.__version__,
     )
 
@@ -103,6 +105,13 @@ def _drawn(data: ReportData) -> dict[str, Any]:
     if data.heat_map is not None:
         found["heat_map"] = figures.heat_map(data.heat_map)
     return found
+
+
+def _transfer_heads(data: ReportData) -> list[str]:
+    """Return the heads of the columns of the matrix of transfer: each task, and how many of its rows are tested on."""
+    if (found := data.transfer) is None:
+        return []
+    return [f"{task}, {count_text(found.baseline(task).total, 'test row')}" for task in found.tested_on]
 
 
 def _excerpt(text: str | None, limit: int) -> Excerpt | None:
