@@ -1,5 +1,6 @@
 """The command `information`: right rows, right layers, nothing stored unasked, refusals before a model is loaded."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -164,7 +165,8 @@ def test_of_a_result_that_removes_nothing(run: Path) -> None:
 
 def prepared(targets: Sequence[str] = ("a", "b"), count: int = 60, **splits: int) -> PreparedRows:
     def rows(name: str, number: int) -> tuple[Example, ...]:
-        return tuple(Example(f"{name}{at}", (), "", targets[at % len(targets)]) for at in range(number))
+        digests = [hashlib.sha256(f"{name} {at}".encode()).hexdigest() for at in range(number)]
+        return tuple(Example(digest, (), "", targets[at % len(targets)]) for at, digest in enumerate(digests))
 
     examples: Any = {name: rows(name, splits.get(name, count)) for name in ("search", "select", "test")}
     filled = {name: found for name, found in examples.items() if found}

@@ -28,7 +28,6 @@ from tale_ray.results.tables import count_text
 from tale_ray.search.history import History
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
-from tale_ray.tasks.splits import rank
 
 logger = logging.getLogger("tale_ray.information")
 
@@ -264,10 +263,10 @@ def probed_rows(
 
 
 def _first(rows: Sequence[tuple[SplitName, Example]], limit: int | None) -> list[tuple[SplitName, Example]]:
-    """Return so many rows, in their order: a choice by content, whatever their order is."""
+    """Return so many rows, in their order: those with the lowest digests, whatever their order and their split."""
     if limit is None or limit >= len(rows):
         return list(rows)
-    order = sorted(range(len(rows)), key=lambda at: rank(0, rows[at][1].digest))
+    order = sorted(range(len(rows)), key=lambda at: rows[at][1].digest)
     return [rows[at] for at in sorted(order[:limit])]
 
 

@@ -8,6 +8,7 @@ from tale_ray.results.report.plots import new_figure, save_figure
 from tale_ray.results.tables import layers_text
 
 _FULL, _PRUNED = ("o-", "#0b5fa5"), ("s--", "#b34a0a")
+_MOST_NAMED = 8
 
 
 def write_information_figure(values: Mapping[str, Any], path: Path) -> None:
@@ -25,7 +26,9 @@ def write_information_figure(values: Mapping[str, Any], path: Path) -> None:
         axes.axvline(layer, color="#b34a0a", alpha=0.15, linewidth=7)
     _draw(axes, values["full"], _FULL, "full model")
     if values["pruned"] is not None:
-        _draw(axes, values["pruned"], _PRUNED, f"without {layers_text(values['removed'])}")
+        removed = values["removed"]
+        which = layers_text(removed) if len(removed) <= _MOST_NAMED else f"{len(removed)} layers"
+        _draw(axes, values["pruned"], _PRUNED, f"without {which}")
     axes.set_xlabel("after layer (-1: embedding)" + ("; shaded: removed" if values["removed"] else ""))
     axes.set_ylabel("bits about the label, 95%")
     axes.xaxis.get_major_locator().set_params(integer=True)
