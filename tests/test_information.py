@@ -64,6 +64,7 @@ def found_fixture(run: Path, plot: Path) -> Any:
     return outcome.json
 
 
+@pytest.mark.slow
 def test_json(run: Path, found: Any) -> None:
     final = show(run)["final"]
     assert set(found) == {
@@ -92,6 +93,7 @@ def test_json(run: Path, found: Any) -> None:
     assert RunReader(str(run)).result("information") is None, "nothing is stored unasked"
 
 
+@pytest.mark.slow
 def test_gains_beside_what_removing_a_layer_costs(run: Path, found: Any) -> None:
     summary, told = show(run), found["correlation"]
     base = summary["baseline"]["correct"]
@@ -105,11 +107,13 @@ def test_gains_beside_what_removing_a_layer_costs(run: Path, found: Any) -> None
     assert 0 < told["p_value"] <= 1
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_file(found: Any, plot: Path) -> None:
     texts = {text.text for text in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")}
     assert {"full model", "H(Y)", "controls", f"without {', '.join(map(str, found['removed']))}"} <= texts
 
 
+@pytest.mark.slow
 def test_python_says_the_same(run: Path, found: Any) -> None:
     same = tale_ray.information(run, pick="final")
     for name in ("measured", "seconds"):
@@ -117,6 +121,7 @@ def test_python_says_the_same(run: Path, found: Any) -> None:
     assert same == {name: value for name, value in found.items() if name not in ("measured", "seconds")}
 
 
+@pytest.mark.slow
 def test_the_result_is_kept_and_reported_if_that_is_asked_for(run: Path, tmp_path: Path) -> None:
     kept = Path(shutil.copytree(run, tmp_path / "run"))
     before = show(kept)
@@ -142,6 +147,7 @@ def test_the_result_is_kept_and_reported_if_that_is_asked_for(run: Path, tmp_pat
     assert "is being written by process" in held.err
 
 
+@pytest.mark.slow
 def test_of_a_model_without_a_run(found: Any) -> None:
     options = ("--splits", SPLITS, "--remove", "2", "--split", "select,test", "--json")
     outcome = command("information", "--model", "bundled", *TASK, *options)
@@ -153,6 +159,7 @@ def test_of_a_model_without_a_run(found: Any) -> None:
     assert other.keys() == found.keys()
 
 
+@pytest.mark.slow
 def test_of_a_result_that_removes_nothing(run: Path) -> None:
     outcome = command("information", run, "--pick", "0", "--rows", 50, "--json")
     assert outcome.code == 0, outcome.err
@@ -257,7 +264,10 @@ def test_only_candidates_that_were_scored_on_all_rows_count(committed: bool) -> 
 @pytest.mark.parametrize(
     ("rounds", "words"),
     [
-        (history(["exact", *["bounded_out"] * 5]), "scored 1 candidates on all rows, and 4 are needed.*--exhaustive"),
+        (
+            history(["exact", *["bounded_out"] * 5]),
+            "scored 1 candidate on all rows, and at least 4 are needed.*--exhaustive",
+        ),
         (history(["exact"] * 6, start=(3,)), "did not start from the full model"),
         (History(num_layers=6).with_round(history(["exact"]).rounds[0]), "round 1 is not finished"),
     ],

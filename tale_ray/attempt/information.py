@@ -18,7 +18,7 @@ from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.cluster.machine import installed_versions
-from tale_ray.config import SearchConfig
+from tale_ray.config import SearchConfig, StrategySection
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.records import Example, ModelInfo, SplitName
 from tale_ray.results.information import RESULT, correlation_json, curve_json, random_control, rule_json
@@ -171,7 +171,7 @@ def _gather(asked: _Asked) -> tuple[ModelInfo, np.ndarray, np.ndarray | None]:
         info = executor.load()
         if reader is not None:
             check_same_model(reader.manifest(), info, config.model.model, reader.uri)
-        replace(config.strategy, remove=asked.removed, max_removed=None).check_layers(info.num_layers)
+        StrategySection(remove=asked.removed).check_layers(info.num_layers)
         logger.info("model: %s, %d layers, %s on %s", info.family, info.num_layers, info.dtype, info.device)
         rows = executor.encode(asked.probed.examples)
         info.check_rows(rows, max_new_tokens=1)

@@ -25,6 +25,7 @@ from tale_ray.results.probe import (
     surprisal_bits,
 )
 from tale_ray.results.statistics import CONFIDENCE, Interval
+from tale_ray.results.tables import count_text
 from tale_ray.search.history import History
 
 RESULT = "information"  # its name in a run's folder
@@ -118,8 +119,8 @@ def correlation_json(history: History, full: Sequence[Mapping[str, Any]], seed: 
     if len(exact) < LEAST_LAYERS:
         return {
             **found,
-            "reason": f"round 1 scored {len(exact)} candidates on all rows, and {LEAST_LAYERS} are needed at least: "
-            "search with --strategy tale --exhaustive",
+            "reason": f"round 1 scored {count_text(len(exact), 'candidate')} on all rows, and at least {LEAST_LAYERS} "
+            "are needed: search with --strategy tale --exhaustive",
         }
     one, other = ([pair[name] for pair in found["layers"]] for name in ("gain", "change"))
     return {**found, **spearman(np.array(one), np.array(other), seed)}
