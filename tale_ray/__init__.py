@@ -9,8 +9,18 @@
 import Driver`. Importing the package imports neither torch nor Ray.
 """
 
-from tale_ray.api import evaluate, open_run, open_study, resume, resume_study, search
+from tale_ray.api import evaluate, information, open_run, open_study, resume, resume_study, search
 from tale_ray.api_several import compare, transfer
 
 __version__ = "0.1.0"
-__all__ = ["compare", "evaluate", "open_run", "open_study", "resume", "resume_study", "search", "transfer"]
+__all__ = [
+    "compare",
+    "evaluate",
+    "information",
+    "open_run",
+    "open_study",
+    "resume",
+    "resume_study",
+    "search",
+    "transfer",
+]

@@ -19,6 +19,7 @@ from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_sear
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
 from tale_ray.cli_doctor import doctor
 from tale_ray.cli_export import export
+from tale_ray.cli_information import information
 from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
 from tale_ray.cli_latency import latency
 from tale_ray.cli_options import (
@@ -275,7 +276,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (export, *REPORT_COMMANDS, transfer, latency, plan, doctor, *JOB_COMMANDS):
+for _command in (export, *REPORT_COMMANDS, transfer, latency, information, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

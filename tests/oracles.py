@@ -67,6 +67,21 @@ def log_likelihood(model: Any, context: Sequence[int], continuation: Sequence[in
     return sum(float(log_probabilities[len(context) + at - 1, token]) for at, token in enumerate(continuation))
 
 
+@torch.inference_mode()
+def hidden_states(model: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
+    """Hidden states (tokens, hidden size) below each layer, by the model's own account, and above the last.
+
+    What the model says of the last layer has gone through its final norm: that one is taken from the layer.
+    """
+    name = "layers" if hasattr(model.get_decoder(), "layers") else "h"
+    last: list[Any] = []
+    hook = getattr(model.get_decoder(), name)[-1].register_forward_hook(lambda *call: last.append(call[-1]))
+    output = model(input_ids=torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False)
+    hook.remove()
+    above = last[0][0] if isinstance(last[0], tuple) else last[0]
+    return [state[0].double() for state in [*output.hidden_states[:-1], above]]
+
+
 def end_tokens(model: Any) -> set[int]:
     end = model.generation_config.eos_token_id
     return set(end) if isinstance(end, list) else {end}

@@ -64,6 +64,38 @@ TRANSFER: dict[str, Any] = {
 }
 
 
+def _place(layer: int | None, bits: float, gain: float | None) -> dict[str, Any]:
+    ends = {"interval": [bits - 0.05, bits + 0.05], "gain_interval": None if gain is None else [gain - 0.1, gain + 0.1]}
+    return {"layer": layer, "bits": bits, "gain": gain, "accuracy": 0.5, "shuffled": -0.003, **ends}
+
+
+INFORMATION = {
+    "pick": "selected",
+    "round": 2,
+    "removed": [3, 7],
+    "task": "boolean_synthetic",
+    "model": "bundled",
+    "rows": {"count": 600, "splits": {"select": 240, "test": 360}, "repeated": 0, "rare": 0},
+    "labels": {"<i>True</i>": 310, "False": 290},
+    "entropy": 0.9998,
+    "full": [_place(None, 0.0, None), *(_place(layer, 0.06 * (layer + 1), 0.06) for layer in range(NUM_LAYERS))],
+    "pruned": [
+        _place(None, 0.0, None),
+        *(_place(layer, 0.05 * (layer + 1), 0.05) for layer in range(NUM_LAYERS) if layer not in (3, 7)),
+    ],
+    "controls": {"shuffled": [-0.01, 0.004], "random": [-0.002, 0.001]},
+    "correlation": {
+        "spearman": -0.45,
+        "p_value": 0.14,
+        "interval": [-0.9, 0.2],
+        "reason": None,
+        "num_exact": 5,
+        "num_bounded_out": 7,
+        "layers": [],
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What the run is to be like."""
@@ -96,6 +128,7 @@ def write_report_run(path: Path | str, shape: Shape = Shape(), *, how: str = "fi
             _write_held_out(writer, history, rows, shape, dice)
             writer.write_result("latency", LATENCY)
             writer.write_result("transfer", TRANSFER)
+            writer.write_result("information", INFORMATION)
         error = "a worker said <b>no</b>" if how == "failed" else None
         writer.update_attempt(how=how, error=error, search_seconds=2.25, load_seconds=0.25)
 

@@ -1,13 +1,12 @@
 """Measurements of a model against plain transformers: hidden states that it outputs itself, and rebuilt models."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, tiny_loaded, tiny_prompts
-from oracles import log_likelihood, rebuild
+from oracles import hidden_states, log_likelihood, rebuild
 
 from tale_ray.engine.measure import measure
 from tale_ray.engine.score import Scorer
@@ -24,21 +23,6 @@ def found(family: str, probe: Probe, batch_bytes: int | None = None, *, sweeps: 
     return measure(loaded, Scorer(loaded, batch_bytes, sweeps=sweeps), probe, ROWS)
 
 
-@torch.inference_mode()
-def states(model: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
-    """Hidden states (tokens, hidden size) below each layer, by the model's own account, and above the last.
-
-    What the model says of the last layer has gone through its final norm: that one is taken from the layer.
-    """
-    name = "layers" if hasattr(model.get_decoder(), "layers") else "h"
-    last: list[Any] = []
-    hook = getattr(model.get_decoder(), name)[-1].register_forward_hook(lambda *call: last.append(call[-1]))
-    output = model(input_ids=torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False)
-    hook.remove()
-    above = last[0][0] if isinstance(last[0], tuple) else last[0]
-    return [state[0].double() for state in [*output.hidden_states[:-1], above]]
-
-
 def cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
 
@@ -47,7 +31,7 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("removed", [(), (1,)])
 def test_hidden_states_are_those_of_plain_transformers(family: str, removed: tuple[int, ...]) -> None:
     pruned = rebuild(tiny_loaded(family).model, removed)
-    by_row = [states(pruned, row) for row in ROWS]
+    by_row = [hidden_states(pruned, row) for row in ROWS]
     left = tuple(layer for layer in range(4) if layer not in removed)
     num_tokens = sum(map(len, ROWS))
 

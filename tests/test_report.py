@@ -179,7 +179,7 @@ def test_prompts_that_are_not_there_are_said_to_be_missing(run: Path) -> None:
 
 def test_every_figure_has_a_title_and_a_description(page: Page) -> None:
     figures = [each for each in page.tags("svg") if each.get("role") == "img"]
-    assert {each["id"] for each in figures} >= {"layers", "trajectory", "heat-map"}
+    assert {each["id"] for each in figures} >= {"layers", "trajectory", "heat-map", "information"}
     assert any(str(each["id"]).startswith("rows-") for each in figures)
     ids = {attributes.get("id") for _, attributes in page.elements}
     for each in figures:
@@ -260,6 +260,34 @@ def test_a_matrix_that_was_changed_is_named(tmp_path: Path, change: dict[str, An
     assert broken.code == 2
     assert words in broken.err
     assert "transfer.json" in broken.err
+
+
+def test_information_is_shown_as_it_is_stored(run: Path, page: Page, tmp_path: Path) -> None:
+    stored, start = RunReader(str(run)).result("information"), page.rows.index(row_of(page, "after", "full model"))
+    assert stored is not None
+    by_layer = {point["layer"]: point for point in stored["pruned"]}
+    for row, point in zip(page.rows[start + 1 :], stored["full"], strict=False):
+        low, high = point["interval"]
+        assert row[0] == ("embedding" if point["layer"] is None else str(point["layer"]))
+        assert row[1] == f"{point['bits']:.3f} [{low:.3f}, {high:.3f}]"
+        assert row[3] == "-0.003"
+        other = by_layer.get(point["layer"])
+        assert row[4].split()[0] == ("removed" if other is None else f"{other['bits']:.3f}")
+    figure = ElementTree.fromstring(re.search(r'(<svg id="information".*</svg>)</div>', report_text(run))[1])  # type: ignore[index]
+    marked = [text.get("x") for text in figure.iter("text") if text.text == "×"]
+    assert marked == [f"{100 * (layer + 1.5) / (NUM_LAYERS + 1):.3f}%" for layer in (3, 7)]
+    assert "Rows: 240 select, 360 test; 2 labels; H(Y) = 1.000 bits" in page.text
+    assert "-0.45 [-0.90, +0.20], p = 0.140 (5 layers scored on all rows, 7 bounded out" in page.text
+    bare = tmp_path / "run"
+    write_report_run(bare, how="interrupted")
+    assert "Information about the label" not in report(bare, tmp_path)
+    changes: dict[str, Any]
+    for changes in ({"full": []}, {"full": None}, {"entropy": 0.0}, {"controls": {}}, {"correlation": {}}):
+        with RunWriter.claim(str(bare)) as writer:
+            writer.write_result("information", {**stored, **changes})
+        broken = command("report", bare, "-o", tmp_path / "x.html")
+        assert broken.code == 2, changes
+        assert "information.json was changed" in broken.err
 
 
 def test_faults_survived(page: Page) -> None:

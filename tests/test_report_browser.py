@@ -9,7 +9,7 @@ from browser import Scheme, screenshots, started_browser, visit
 from folders import command
 from report_runs import write_report_run
 
-FIGURES = ("layers", "trajectory", "heat-map")
+FIGURES = ("layers", "trajectory", "heat-map", "information")
 # What axe-core leaves to people, looked at: it does not compute the contrast of text in SVG.
 UNDECIDED = {"color-contrast"}
 
@@ -122,6 +122,10 @@ def test_figures_are_told_apart_without_colour(browser: Any, page: Path) -> None
             "[...document.querySelectorAll('#trajectory .series')].map(each => each.querySelector('.mark').tagName)"
         )
         assert shapes == ["circle", "rect", "path"]
+        shapes = shown.page.evaluate(
+            "[...document.querySelectorAll('#information .series')].map(each => each.querySelector('.mark').tagName)"
+        )
+        assert shapes == ["circle", "rect"]
         out = shown.page.locator("#heat-map .bounded_out text").all_text_contents()
         assert out
         assert all(text.endswith("*") for text in out)

@@ -10,8 +10,10 @@ from typing import Any
 
 from tale_ray.attempt.rows import PreparedRows
 from tale_ray.config import SearchConfig
+from tale_ray.errors import ConfigError
 from tale_ray.paths import existing
-from tale_ray.records import Example
+from tale_ray.records import Example, ModelInfo
+from tale_ray.store.documents import Manifest
 from tale_ray.tasks.splits import digest_rows
 
 
@@ -67,6 +69,19 @@ def _continues(name: str, stored: Any, asked: Any) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_same_model(manifest: Manifest, info: ModelInfo, model: str, run: str) -> None:
+    """Refuse a model that is not the one that a run was searched with.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if (expected := manifest.model["digest"]) != info.digest:
+        raise ConfigError(
+            f"the model {model} is not the one that {run} was searched with (SHA-256 {expected[:12]}, "
+            f"now {info.digest[:12]}): restore its files, or say with --model where they are"
+        )
 
 
 def with_absolute_paths(config: SearchConfig) -> SearchConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tale_ray.attempt.evaluate import pruned_round
 from tale_ray.attempt.export import found_model, hub_id
+from tale_ray.attempt.identity import check_same_model
 from tale_ray.cluster.local import LocalExecutor
 from tale_ray.cluster.machine import installed_versions
 from tale_ray.config import ResourceSection, SearchConfig
@@ -73,11 +74,7 @@ def run_latency(
 
     loaded = load_model(replace(section, dtype="auto"), computed, worker_placement(gpus, is_alone=True))
     info = loaded.info
-    if (expected := manifest.model["digest"]) != info.digest:
-        raise ConfigError(
-            f"the model {section.model} is not the one that {reader.uri} was searched with (SHA-256 {expected[:12]}, "
-            f"now {info.digest[:12]}): restore its files, or say with --model where they are"
-        )
+    check_same_model(manifest, info, section.model, reader.uri)
     if info.max_positions is not None and prompt_tokens + new_tokens > info.max_positions:
         raise ConfigError(
             f"prompts of {prompt_tokens} and {new_tokens} new tokens are longer than the {info.max_positions} "

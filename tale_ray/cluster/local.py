@@ -2,7 +2,9 @@
 
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.errors import InfeasibleError, Interrupted, TaleRayError
@@ -51,6 +53,13 @@ class LocalExecutor:
     def measure(self, probe: Probe, rows: Sequence[tuple[int, ...]]) -> Measurement:
         """Return what a probe of the model comes to on rows of tokens."""
         return self._worker.measure(probe, rows)
+
+    def last_states(self, removed: Collection[int], rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the hidden states (boundaries, rows, hidden size) of the rows' last tokens between layers.
+
+        Not of the protocol: they are large, and only a process of its own model gathers them.
+        """
+        return self._worker.last_states(removed, rows)
 
     def share(self, questions: Questions) -> None:
         """Give the questions to the worker."""

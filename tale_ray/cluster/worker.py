@@ -6,16 +6,18 @@ Only this module and `process_group` import torch in this room; they are importe
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from tale_ray.cluster.process_group import least_budget
 from tale_ray.config import ModelSection, ResourceSection
 from tale_ray.engine.measure import measure
 from tale_ray.engine.score import Scorer
+from tale_ray.engine.states import last_states
 from tale_ray.model.load import LoadedModel, load_model
 from tale_ray.model.placement import worker_placement
 from tale_ray.model.streaming import should_stream
@@ -112,6 +114,15 @@ class Worker:
             torch.cuda.OutOfMemoryError: as of `score`.
         """
         return self._within_memory(lambda: measure(self._loaded, self._scorer, probe, rows))
+
+    def last_states(self, removed: Collection[int], rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the hidden states (boundaries, rows, hidden size) of the rows' last tokens between layers.
+
+        Raises:
+            ConfigError: not even one row fits.
+            ModelError: the family hides its hidden states.
+        """
+        return self._within_memory(lambda: last_states(self._loaded, self._scorer, removed, rows))
 
     def _within_memory(self, compute: Callable[[], Answer]) -> Answer:
         while True:

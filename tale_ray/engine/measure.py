@@ -6,23 +6,22 @@ Knows nothing of strategies. Axes in tensor names: b rows of a micro-batch, t to
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.nn.functional import normalize
 
-from tale_ray.engine.budget import batches, row_cost
+from tale_ray.engine.boundaries import See, see_boundaries, surviving_layers
 from tale_ray.engine.score import Scorer
-from tale_ray.errors import ConfigError, ModelError
+from tale_ray.errors import ConfigError
 from tale_ray.model.load import LoadedModel
 from tale_ray.records import Choice, Measurement, Probe, PromptRow, WorkUnit
 from tale_ray.tasks.spec import AnswerSpec
 
 _Tokens: TypeAlias = tuple[int, ...]
-_See: TypeAlias = Callable[[int, torch.Tensor], None]  # boundary (0: below all layers), hidden states (b, t, d)
 
-_DOUBLES = 3  # hidden states in float64 that are at work at once
-_DOUBLE_BYTES = 8
+_DOUBLES_BYTES = 3 * 8  # hidden states in float64 that are at work at once
+_REMEDY = "choose strategy tale, sleb, reverse or random"
 
 
 def measure(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Sequence[_Tokens]) -> Measurement:
@@ -84,7 +83,7 @@ def _log_perplexity(_loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Se
 def _block_influence(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Sequence[_Tokens]) -> list[float]:
     sums: dict[int, list[float]] = {}  # of cosines, by boundary above
 
-    def watch(lengths: Sequence[int]) -> _See:
+    def watch(lengths: Sequence[int]) -> See:
         below_btd: torch.Tensor
 
         def see(boundary: int, hidden_btd: torch.Tensor) -> None:
@@ -100,7 +99,7 @@ def _block_influence(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Se
         return see
 
     _run(loaded, scorer, probe, rows, watch)
-    position = {layer: at for at, layer in enumerate(_surviving(loaded, probe))}
+    position = {layer: at for at, layer in enumerate(surviving_layers(loaded, probe.removed))}
     num_tokens = sum(map(len, rows))
     return [1 - math.fsum(sums[position[layer] + 1]) / num_tokens for layer in probe.layers]
 
@@ -108,7 +107,7 @@ def _block_influence(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Se
 def _angular_distance(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Sequence[_Tokens]) -> list[float]:
     lasts: dict[int, list[torch.Tensor]] = {}  # unit vectors (b, d) of last tokens, by boundary
 
-    def watch(lengths: Sequence[int]) -> _See:
+    def watch(lengths: Sequence[int]) -> See:
         def see(boundary: int, hidden_btd: torch.Tensor) -> None:
             last = torch.tensor(lengths, device=hidden_btd.device) - 1
             last_bd = hidden_btd[torch.arange(len(lengths), device=hidden_btd.device), last]
@@ -117,7 +116,7 @@ def _angular_distance(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: S
         return see
 
     _run(loaded, scorer, probe, rows, watch)
-    position = {layer: at for at, layer in enumerate(_surviving(loaded, probe))}
+    position = {layer: at for at, layer in enumerate(surviving_layers(loaded, probe.removed))}
     distances = []
     for layer in probe.layers:
         below_bd, above_bd = (torch.cat(lasts[position[layer] + span]) for span in (0, probe.span))
@@ -126,79 +125,7 @@ def _angular_distance(loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: S
     return distances
 
 
-def _surviving(loaded: LoadedModel, probe: Probe) -> list[int]:
-    return [layer for layer in range(loaded.layers.num_layers) if layer not in probe.removed]
-
-
-@torch.inference_mode()
 def _run(
-    loaded: LoadedModel,
-    scorer: Scorer,
-    probe: Probe,
-    rows: Sequence[_Tokens],
-    watch: Callable[[Sequence[int]], _See],
+    loaded: LoadedModel, scorer: Scorer, probe: Probe, rows: Sequence[_Tokens], watch: Callable[[Sequence[int]], See]
 ) -> None:
-    """Run the decoder without `probe.removed` over all rows; each micro-batch is watched, given its lengths.
-
-    Padding is on the right and there is no mask: with causal attention no token of a row sees it.
-    """
-    cost = row_cost(loaded.model)
-
-    def row_bytes(num_tokens: int) -> int:
-        return cost.row_bytes(num_tokens, 1) + _DOUBLES * _DOUBLE_BYTES * num_tokens * cost.hidden_size
-
-    lengths = [len(row) for row in rows]
-    most = max(scorer.budget.batch, min(row_bytes(max(lengths)), scorer.budget.total))
-    surviving = [loaded.layers.full[layer] for layer in _surviving(loaded, probe)]
-    try:
-        with loaded.layers.without(probe.removed):
-            for batch in batches(lengths, most, row_bytes):
-                own = [rows[at] for at in batch]
-                longest = max(map(len, own))
-                padded = [[*row, *[row[-1]] * (longest - len(row))] for row in own]
-                boundaries = _Boundaries(watch([len(row) for row in own]))
-                _free(surviving)
-                for layer in surviving:
-                    layer.register_forward_pre_hook(boundaries.below)
-                surviving[-1].register_forward_hook(boundaries.above)
-                decoder: Any = loaded.model.get_decoder()
-                decoder(input_ids=torch.tensor(padded, device=loaded.model.device), use_cache=False)
-                if boundaries.seen != len(surviving) + 1:
-                    raise ModelError(
-                        f"{type(loaded.model).__name__} ran {boundaries.seen - 1} of {len(surviving)} layers one after "
-                        "another: its hidden states cannot be measured; choose strategy tale, sleb, reverse or random"
-                    )
-    finally:  # once more: a signal may have interrupted the tidying up itself
-        _free(loaded.layers.full)
-        loaded.layers.restore()
-
-
-class _Boundaries:
-    """Hooks of the layers of one pass, which see the states below each layer, in order, and above the last."""
-
-    def __init__(self, see: _See) -> None:
-        self.seen = 0
-        self._see = see
-
-    def below(self, _layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._note(inputs[0] if inputs else None)
-
-    def above(self, _layer: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        self._note(output[0] if isinstance(output, tuple) else output)
-
-    def _note(self, hidden: Any) -> None:
-        if not isinstance(hidden, torch.Tensor):
-            raise ModelError(
-                "the layers of this family do not take hidden states first, so that they cannot be measured; choose "
-                "strategy tale, sleb, reverse or random"
-            )
-        self._see(self.seen, hidden)
-        self.seen += 1
-
-
-def _free(layers: Any) -> None:
-    """Take our hooks off; not by their handle, which an exception from a signal could have kept us from getting."""
-    for layer in layers:
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Boundaries)]:
-                del hooks[key]
+    see_boundaries(loaded, scorer, probe.removed, rows, watch, value_bytes=_DOUBLES_BYTES, remedy=_REMEDY)

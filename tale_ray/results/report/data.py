@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from tale_ray.config import SearchConfig
 from tale_ray.records import Round, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import RESULTS
+from tale_ray.results.report.information import StoredInformation, stored_information
 from tale_ray.results.report.latency import Latency, stored_latency
 from tale_ray.results.report.transfer import Transfer, stored_transfer
 from tale_ray.results.statistics import Interval, wilson_interval
@@ -106,6 +107,7 @@ class ReportData:
     row_by_row: tuple[RowByRow, ...]
     latency: Latency | None
     transfer: Transfer | None
+    information: StoredInformation | None = None
 
     @property
     def pick(self) -> str | None:
@@ -137,6 +139,7 @@ def gather(reader: RunReader) -> ReportData:
         row_by_row=_row_by_row(summary, history, sheets["test"]),
         latency=stored_latency(reader),
         transfer=stored_transfer(reader),
+        information=stored_information(reader),
     )
 
 

@@ -15,6 +15,7 @@ from tale_ray.records import RowAnswer
 from tale_ray.results.held_out import RESULTS
 from tale_ray.results.report import figures
 from tale_ray.results.report.data import ReportData
+from tale_ray.results.report.depth import depth, depth_mark
 from tale_ray.results.report.latency import Measured
 from tale_ray.results.report.prompts import Prompts
 from tale_ray.results.report.texts import Excerpt, excerpt, visible
@@ -104,6 +105,11 @@ def _drawn(data: ReportData) -> dict[str, Any]:
         found["marks"] = {each.split: figures.legend_mark(each.split) for each in data.trajectory}
     if data.heat_map is not None:
         found["heat_map"] = figures.heat_map(data.heat_map)
+    if data.information is not None:
+        found["information"] = depth(data.information)
+        found["information_marks"] = {"full model": depth_mark("full")}
+        if data.information.pruned:
+            found["information_marks"]["pruned model"] = depth_mark("pruned")
     return found
 
 
