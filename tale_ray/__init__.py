@@ -9,7 +9,8 @@
 import Driver`. Importing the package imports neither torch nor Ray.
 """
 
-from tale_ray.api import evaluate, information, open_run, open_study, resume, resume_study, search
+from tale_ray.api import evaluate, open_run, open_study, resume, resume_study, search
+from tale_ray.api_information import information
 from tale_ray.api_several import compare, transfer
 
 __version__ = "0.1.0"

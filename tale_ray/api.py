@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 
 from tale_ray.attempt.evaluate import Evaluation, StoredIdentity, picked_round, run_evaluation, stored_identity
 from tale_ray.attempt.export import ExportDType, run_export
-from tale_ray.attempt.information import InformationOptions, run_information
 from tale_ray.attempt.latency import run_latency, store_latency
 from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.attempt.study import StudyOpened, run_study
@@ -19,7 +18,6 @@ from tale_ray.option_texts import check_seeds, parse_bytes, parse_duration, pars
 from tale_ray.records import Round, Score, SplitName
 from tale_ray.report_file import write_report
 from tale_ray.results.held_out import selected_result
-from tale_ray.results.probe import FOLDS, ProbeRule
 from tale_ray.results.study import summarize_study
 from tale_ray.results.summary import stored_history, summarize
 from tale_ray.search.history import History
@@ -383,44 +381,3 @@ def evaluated_config(
     options.pop("remove", None)
     config = replace(resumed_config(os.fspath(run), **options), strategy=StrategySection(remove=remove))
     return config, stored_identity(reader, options)
-
-
-def information(run: str | os.PathLike[str] | None = None, pick: str | int = "best", **options: Any) -> dict[str, Any]:
-    """Return what probes read of the label at every layer: what `tale-ray information --json` prints.
-
-    `information("runs/x", pick="selected")` is about a run, and `information(model=..., task=...)` about any model; the
-    options are those of the command, `split` as `"select,test"` or `("select", "test")`. Nothing is stored.
-
-    Raises:
-        UsageError: the request cannot be met.
-    """
-    uri = None if run is None else os.fspath(run)
-    return run_information(*information_request(uri, **options), run=uri, pick=str(pick))
-
-
-_OF_A_RUN = ("model", "data_root", "include_path", "dtype", "gpus_per_worker", "batch_bytes", "stream")
-
-
-def information_request(run: str | None = None, **options: Any) -> tuple[SearchConfig, InformationOptions]:
-    """Return which model and rows the options of `tale-ray information` mean, and how they are probed.
-
-    Raises:
-        UsageError: there is no such run, an option is not for it, or a value breaks a rule.
-    """
-    split: Any = options.pop("split", None)
-    splits: Any = split.split(",") if isinstance(split, str) else split
-    asked = InformationOptions(
-        splits=None if splits is None else tuple(splits),
-        rows=options.pop("rows", None),
-        allow_search_rows=options.pop("allow_search_rows", False),
-        drop_rare_labels=options.pop("drop_rare_labels", False),
-        rule=ProbeRule(folds=options.pop("folds", FOLDS), seed=options.pop("probe_seed", 0)),
-    )
-    if run is None:
-        return make_config(**options), asked
-    if other := [name for name in options if name not in _OF_A_RUN]:
-        raise ConfigError(
-            f"{other[0].replace('_', ' ')} {options[other[0]]!r} is given with a run, which has its own: leave it out, "
-            "or name a model and a task instead of the run"
-        )
-    return resumed_config(run, **options), asked

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from tale_ray.api import information_request
+from tale_ray.api_information import information_request
 from tale_ray.attempt.information import run_information, store_information
 from tale_ray.cli_options import (
     data_root_option,

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from folders import command, show
 from places import Place
+from report_page import Page, row_of
 from report_runs import EVIL, LATENCY, NUM_LAYERS, TRANSFER, Shape, write_report_run
 from stored_runs import write_run
 
@@ -21,52 +21,6 @@ from tale_ray.results.report.texts import excerpt, visible
 from tale_ray.results.report.verdict import verdict
 from tale_ray.results.statistics import wilson_interval
 from tale_ray.store import RunReader, RunWriter
-
-VOID = {"meta", "br", "img", "link", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """The page as a tree of (tag, attributes, text), with all its text; refuses what is not nested."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.cells: dict[tuple[int, int], str] = {}
-        self._cell: tuple[int, int] | None = None
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.elements.append((tag, found))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append("")
-            layer, number = found.get("data-layer"), found.get("data-round")
-            self._cell = (int(layer), int(number)) if layer is not None and number is not None else None
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"{tag} closes what is not open"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.open and self.open[-1] in ("td", "th") and self.rows:
-            self.rows[-1][-1] += data
-            if self._cell is not None:
-                self.cells[self._cell] = self.cells.get(self._cell, "") + data
-
-    def tags(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.elements if tag == name]
 
 
 @pytest.fixture(scope="module", name="run")
@@ -85,10 +39,6 @@ def report(run: Path | str, folder: Path, *more: Any) -> str:
 @pytest.fixture(scope="module", name="page")
 def page_fixture(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(report(run, tmp_path_factory.mktemp("page")))
-
-
-def row_of(page: Page, *begin: str) -> list[str]:
-    return next(row for row in page.rows if row[: len(begin)] == list(begin))
 
 
 def test_its_numbers_are_those_of_show(run: Path, page: Page) -> None:
