@@ -75,7 +75,7 @@ OPTIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--wait-resources", "long"], ("duration 'long' is not understood",)),
     (["--time-limit", "0"], ("time limit 0.0 is too small",)),
     (["--dtype", "int4"], ("'int4' is not one of 'auto', 'float32'",)),
-    (["--strategy", "greedy"], ("strategy 'greedy' is not known", "choose one of tale, sleb, block_influence")),
+    (["--strategy", "greedy"], ("strategy 'greedy' is not known", "choose one of tale, beam, sleb, block_influence")),
     (["--strategy", "slep"], ("strategy 'slep' is not known", "did you mean sleb?")),
     (["--strategy", "contiguous"], ("strategy contiguous needs max removed", "give --max-removed N")),
     (["--strategy", "contiguous", "--max-removed", "6"], ("max removed 6 is too large", "the model has 6 layers")),
