@@ -20,10 +20,13 @@ from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_sear
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
 from tale_ray.cli_doctor import doctor
 from tale_ray.cli_export import export
+from tale_ray.cli_finetune import finetune
 from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
 from tale_ray.cli_latency import latency
 from tale_ray.cli_options import (
+    changed_options,
     data_root_option,
+    given_options,
     include_path_option,
     json_option,
     log_json_option,
@@ -121,7 +124,7 @@ def search(context: click.Context, /, dry_run: bool, log_json: bool, seeds: str 
 
     Goes on with an unfinished search, and prints the result of a finished one again.
     """
-    config = make_config(**_given(options))
+    config = make_config(**given_options(options))
     chosen = _chosen_seeds(context, seeds, config.task.seed)
     if dry_run:
         for each in [config] if chosen is None else plan_study(config, chosen)[1]:
@@ -150,9 +153,9 @@ def resume(context: click.Context, /, run: str, log_json: bool, **options: Any) 
     --epsilon or --max-removed is larger than it was. A study goes on with each of its runs.
     """
     if StudyFolder(run).exists():
-        _search(*resumed_study(run, **_changed(context, options)), log_json)
+        _search(*resumed_study(run, **changed_options(context, options)), log_json)
     else:
-        _search(resumed_config(run, **_changed(context, options)), None, log_json)
+        _search(resumed_config(run, **changed_options(context, options)), None, log_json)
 
 
 @cli.command()
@@ -201,7 +204,7 @@ def evaluate(
 
     With --run, model and rows have to be those of the run, but for what other options ask to be different.
     """
-    given = _given(options) if run is None else _changed(context, options)
+    given = given_options(options) if run is None else changed_options(context, options)
     config, expected = evaluated_config(run, pick, **given)
     if store and run is None:
         raise ConfigError("--store keeps answers in a run: name it with --run, or leave the option out")
@@ -254,10 +257,10 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     the target.
     """
     if model is not None:
-        config = make_config(model=model, task=name, **_given(options))
+        config = make_config(model=model, task=name, **given_options(options))
         click.echo(preview_text(preview_row(config.model, config.task, row or 0)))
         return
-    if given := sorted({"row", "shots", "seed", "splits"} & _changed(context, {"row": row, **options}).keys()):
+    if given := sorted({"row", "shots", "seed", "splits"} & changed_options(context, {"row": row, **options}).keys()):
         raise ConfigError(f"--{given[0]} is about a row as a model is asked it: name the model with --model")
     if name.startswith(HARNESS):
         spec, examples = load_harness_task(name, options["include_path"], num_shots=0)
@@ -270,22 +273,8 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (export, *REPORT_COMMANDS, latency, plan, doctor, *JOB_COMMANDS):
+for _command in (export, *REPORT_COMMANDS, latency, finetune, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that have a value."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _changed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were set for this call, by whatever means."""
-    return {
-        name: value
-        for name, value in _given(options).items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
 
 
 def _chosen_seeds(context: click.Context, seeds: str | None, seed: int) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from tale_ray.config import DEFAULT_SPLITS, DType, StreamMode
 from tale_ray.option_texts import splits_text
@@ -19,6 +20,20 @@ def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], 
         return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
     return decorate
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def changed_options(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were set for this call, by whatever means."""
+    return {
+        name: value
+        for name, value in given_options(options).items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
 
 
 model_options = with_options(
@@ -97,6 +112,12 @@ resource_options = with_options(
         help="How long the first worker may look for a place.",
     ),
     working_memory_options,
+)
+place_options = with_options(
+    click.option("--workers", type=int, metavar="N", help="Processes that train together, on Ray.  [default: 1]"),
+    click.option("--address", metavar="A", help="With --workers: Ray cluster to join.  [default: a private one]"),
+    click.option("--gpus-per-worker", type=int, metavar="K", default=0, show_default=True, help="0 trains on CPU."),
+    click.option("--cpus-per-worker", type=int, metavar="K", default=1, show_default=True, help="Of each process."),
 )
 time_limit_option = click.option(
     "--time-limit", metavar="DURATION", help="Stop after 90, 30m, 2h ...; exit 75, resumable."
