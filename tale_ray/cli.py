@@ -41,6 +41,7 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
+from tale_ray.cli_synergy import synergy
 from tale_ray.config import MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.log_lines import LogLines
@@ -273,7 +274,7 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (export, *REPORT_COMMANDS, latency, finetune, plan, doctor, *JOB_COMMANDS):
+for _command in (export, *REPORT_COMMANDS, latency, finetune, synergy, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

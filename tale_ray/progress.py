@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from tale_ray.attempt.finetune import ModelMerged, TrainingOpened
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.attempt.study import SeedStarted
+from tale_ray.attempt.synergy import StageStarted, SynergyOpened
 from tale_ray.records import Measurement, Round, Score
 from tale_ray.results.tables import count_text
 from tale_ray.search.driver import (
@@ -71,6 +72,10 @@ class Display:
         match event:
             case SeedStarted(seed, seeds):
                 self._say(f"seed {seed}, {seeds.index(seed) + 1} of {len(seeds)}")
+            case SynergyOpened(study):
+                self._say(f"study: {study}")
+            case StageStarted(seed, stage, number, total):
+                self._say(f"stage {number} of {total}: seed {seed}, {stage}")
             case RowsPrepared(task, counts, notes):
                 self._say(
                     f"task {task}: " + ", ".join(count_text(count, f"{split} row") for split, count in counts.items())

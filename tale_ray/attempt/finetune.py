@@ -189,6 +189,7 @@ def _train(
         base=model_name(config),
         examples=plan.prepared.finetune,
         select=plan.prepared.examples.get("select", ()),
+        max_new_tokens=plan.prepared.spec.max_new_tokens,
         options=asked.options,
         folder=folder.state,
         adapter=folder.adapter,

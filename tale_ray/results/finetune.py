@@ -54,7 +54,7 @@ def why_text(record: Mapping[str, Any]) -> str:
 
 
 def _evaluations(record: Mapping[str, Any]) -> Table:
-    table = Table(title=f"loss in nats per reply token, {count_text(record['rows']['select']['count'], 'select row')}")
+    table = Table(title=f"loss in nats per token, {count_text(record['rows']['select']['count'], 'select row')}")
     for name in ("step", "training loss", "select loss", "replies right"):
         table.add_column(name, justify="right")
     table.add_column("")

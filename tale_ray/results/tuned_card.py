@@ -62,5 +62,5 @@ def _losses(record: Mapping[str, Any]) -> str:
     first = record["evaluations"][0]
     return (
         f"The loss on {count_text(record['rows']['select']['count'], 'select row')}, by which the weights were chosen, "
-        f"was {first['loss']:.4f} nats per reply token before and {record['kept']['loss']:.4f} after."
+        f"was {first['loss']:.4f} nats per scored token before and {record['kept']['loss']:.4f} after."
     )

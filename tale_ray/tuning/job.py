@@ -32,6 +32,7 @@ class TrainingJob:
     base: str  # what people call the model
     examples: tuple[Example, ...]
     select: tuple[Example, ...]
+    max_new_tokens: int  # of a reply that is scored
     options: TuningOptions
     folder: Path  # of the checkpoint
     adapter: Path  # folder that gets the adapter at the end
@@ -52,7 +53,11 @@ def run_job(job: TrainingJob, place: Place | None = None) -> Iterator[TrainingEv
             f"the model {job.section.model} is not the one that was to be trained (SHA-256 {job.model_digest[:12]}, "
             f"now {loaded.info.digest[:12]}): restore its files, or name it with --model"
         )
-    rows, select = _encode(loaded, job.examples), _encode(loaded, job.select)
+    rows = _encode(loaded, job.examples)
+    select = [
+        _scored_part(row, each, job.max_new_tokens)
+        for row, each in zip(_encode(loaded, job.select), job.select, strict=True)
+    ]
     with loaded.layers.without(job.removed):
         num_parameters = loaded.model.num_parameters()
         tuned = add_adapter(loaded.model, job.options, job.base)
@@ -92,6 +97,11 @@ def _encode(loaded: LoadedModel, examples: Sequence[Example]) -> tuple[TrainingR
                 "use shorter prompts, fewer demonstrations, or a model with a longer context"
             )
     return rows
+
+
+def _scored_part(row: TrainingRow, example: Example, max_new_tokens: int) -> TrainingRow:
+    """Return a select row with the tokens of its reply that scoring would decode, so that no other one decides."""
+    return row if example.choices else TrainingRow(row.prompt_ids, row.reply_ids[:max_new_tokens])
 
 
 def _facts(loaded: LoadedModel, rows: Sequence[TrainingRow], num_trainable: int, num_parameters: int) -> dict[str, Any]:

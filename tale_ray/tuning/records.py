@@ -12,8 +12,8 @@ class Evaluation:
     """The model on all select rows, after so many steps."""
 
     step: int
-    loss: float  # nats per reply token
-    exact: float  # share of rows whose reply is the likeliest at every token
+    loss: float  # nats per token that is scored
+    exact: float  # share of rows whose reply is the likeliest at every such token
     train_loss: float | None  # mean over the steps since the last one
 
 
