@@ -17,6 +17,7 @@ from families import FAMILIES, tiny_loaded, tiny_tokenizer
 from folders import Material, command, show, task_text, write_rows
 from folders import material_fixture as material_fixture
 from safetensors.torch import load_file
+from test_model_load import write_gguf
 from torch.nn.functional import cross_entropy
 
 import tale_ray.model.load
@@ -265,6 +266,24 @@ def test_early_stopping_keeps_the_weights_with_the_lowest_loss(job: Callable[...
     assert found[0].step == 0, "the model as it was takes part"
 
 
+def test_the_best_weights_outlive_an_interruption_after_them(job: Callable[..., TrainingJob], tmp_path: Path) -> None:
+    made = job(steps=500, learning_rate=0.02, eval_every=1, patience=5, warmup_steps=400, removed=(3, 1))
+    undisturbed = list(run_job(replace(made, folder=tmp_path / "other", adapter=tmp_path / "whole")))[-1]
+    assert isinstance(undisturbed, TrainingEnded)
+    best = undisturbed.progress.best_step
+    assert best > 0
+    events = run_job(made)
+    for event in events:
+        if isinstance(event, StepDone) and event.step == best + 3:
+            break
+    events.close()  # type: ignore[attr-defined]  # a generator
+    *_, resumed = run_job(made)
+    assert isinstance(resumed, TrainingEnded)
+    assert resumed.progress.best_step == best
+    for name, weight in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
+        assert torch.equal(weight, load_file(made.adapter / "adapter_model.safetensors")[name]), name
+
+
 def test_a_loss_that_is_no_number_ends_the_training(
     job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,6 +468,19 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     found, expected = model.get_input_embeddings().weight.float(), full.get_input_embeddings().weight
     assert torch.equal(found, expected.bfloat16().float()), "embeddings are not trained"
     assert record(out)["merged"]["dtype"] == "bfloat16"
+
+
+def test_a_gguf_file_is_trained_and_merged_as_plain_weights(material: Material, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny_tokenizer().save_pretrained(folder)
+    write_gguf(folder)
+    out = tmp_path / "out"
+    outcome = tune(material, out, "--model", folder, "--gguf", "tiny.gguf", "--json")
+    assert outcome.code == 0, outcome.err
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert "quantization_config" not in config
+    tf.AutoModelForCausalLM.from_pretrained(out / "model")
 
 
 @pytest.fixture(scope="module", name="run")
