@@ -109,7 +109,7 @@ def test_comparisons_are_exact_and_paired(study: Path, found: Any) -> None:
     assert (entry["wins"], entry["losses"]) == (wins, losses)
     assert entry["p_value"] == pytest.approx(binomtest(wins, wins + losses).pvalue if wins + losses else 1.0)
     p_values = [each["p_value"] for each in found["comparisons"]]
-    assert len(p_values) == 16
+    assert len(p_values) == 18
     expected = multipletests(p_values, method="holm")[1]
     assert [each["p_value_holm"] for each in found["comparisons"]] == pytest.approx(list(expected))
 

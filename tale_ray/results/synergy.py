@@ -31,7 +31,7 @@ _PRUNED_BY_RUN = ("tale", "ft-tale", "tale-ft-tale")  # what the run of a regime
 _TRAININGS = {"ft": "ft", "ft-tale": "ft", "tale-ft": "tale-ft", "tale-ft-tale": "tale-ft"}
 _PAIRS = (
     *((name, "base") for name in ("tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale")),
-    *(("tale-ft", "ft"), ("ft-tale", "ft"), ("tale-ft-tale", "tale-ft")),
+    *(("tale-ft", "ft"), ("ft-tale", "ft"), ("tale-ft", "ft-tale"), ("tale-ft-tale", "tale-ft")),
 )
 
 
