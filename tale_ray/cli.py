@@ -19,6 +19,7 @@ from tale_ray.attempt.search import RunOpened, SearchPlan, plan_search, run_sear
 from tale_ray.attempt.study import StudyOpened, plan_study, run_study
 from tale_ray.cli_doctor import doctor
 from tale_ray.cli_export import export
+from tale_ray.cli_finetune import finetune
 from tale_ray.cli_information import information
 from tale_ray.cli_jobs import COMMANDS as JOB_COMMANDS
 from tale_ray.cli_latency import latency
@@ -39,6 +40,7 @@ from tale_ray.cli_options import (
 from tale_ray.cli_plan import plan
 from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
 from tale_ray.cli_shown import changed, given, shown
+from tale_ray.cli_synergy import synergy
 from tale_ray.cli_transfer import transfer
 from tale_ray.config import DEFAULT_BEAM_WIDTH, MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
@@ -276,7 +278,8 @@ def show_task(context: click.Context, /, name: str, model: str | None, row: int 
     click.echo(spec.text.rstrip())
 
 
-for _command in (export, *REPORT_COMMANDS, transfer, latency, information, plan, doctor, *JOB_COMMANDS):
+_TRAINING = (finetune, synergy)
+for _command in (export, *REPORT_COMMANDS, transfer, latency, information, *_TRAINING, plan, doctor, *JOB_COMMANDS):
     cli.add_command(_command)
 
 

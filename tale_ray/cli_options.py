@@ -98,6 +98,12 @@ resource_options = with_options(
     ),
     working_memory_options,
 )
+place_options = with_options(
+    click.option("--workers", type=int, metavar="N", help="Processes that train together, on Ray.  [default: 1]"),
+    click.option("--address", metavar="A", help="With --workers: Ray cluster to join.  [default: a private one]"),
+    click.option("--gpus-per-worker", type=int, metavar="K", default=0, show_default=True, help="0 trains on CPU."),
+    click.option("--cpus-per-worker", type=int, metavar="K", default=1, show_default=True, help="Of each process."),
+)
 time_limit_option = click.option(
     "--time-limit", metavar="DURATION", help="Stop after 90, 30m, 2h ...; exit 75, resumable."
 )

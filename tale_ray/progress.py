@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tale_ray.attempt.finetune import ModelMerged, TrainingOpened
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared, RunOpened
 from tale_ray.attempt.study import SeedStarted
+from tale_ray.attempt.synergy import StageStarted, SynergyOpened
 from tale_ray.attempt.transfer import CellScored
 from tale_ray.records import Measurement, Round, Score
 from tale_ray.results.tables import count_text, removal_text
@@ -26,6 +28,7 @@ from tale_ray.search.history import History
 from tale_ray.search.pool import ScoringAdvanced, UnitDoubled, UnitRetried, WorkersChanged
 from tale_ray.search.scheduler import Scoring
 from tale_ray.store.uris import strip_credentials
+from tale_ray.tuning.records import Evaluated, StepDone, TrainingBegun, TrainingEnded
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -71,6 +74,10 @@ class Display:
         match event:
             case SeedStarted(seed, seeds):
                 self._say(f"seed {seed}, {seeds.index(seed) + 1} of {len(seeds)}")
+            case SynergyOpened(study):
+                self._say(f"study: {study}")
+            case StageStarted(seed, stage, number, total):
+                self._say(f"stage {number} of {total}: seed {seed}, {stage}")
             case RowsPrepared(task, counts, notes):
                 self._say(
                     f"task {task}: " + ", ".join(count_text(count, f"{split} row") for split, count in counts.items())
@@ -121,6 +128,24 @@ class Display:
                 self._say(f"{name} on test rows: {_accuracy(score)}")
             case CellScored(searched_on, tested_on, score):
                 self._say(f"{searched_on or 'uncut'}, tested on {tested_on}: {_accuracy(score)}")
+            case TrainingOpened(out, is_finished):
+                self._say(f"training {out}: {'finished; nothing is left to do' if is_finished else 'under way'}")
+            case TrainingBegun(info, step, steps, num_trainable, num_parameters):
+                self._say(
+                    f"model: {info.family}, {info.dtype} on {info.device}; {num_trainable:,} parameters are trained, "
+                    f"beside {num_parameters:,}"
+                )
+                self._say(f"training goes on after step {step} of {steps}" if step else f"training for {steps} steps")
+            case StepDone(step, steps, loss):
+                if time.monotonic() - self._last_line_at >= PLAIN_INTERVAL_SECONDS:
+                    self._last_line_at = time.monotonic()
+                    self._say(f"step {step} of {steps}: loss {loss:.4f}")
+            case Evaluated(found):
+                self._say(f"step {found.step}: loss on select rows {found.loss:.4f}, {100 * found.exact:.1f}% right")
+            case TrainingEnded(found):
+                self._say(f"training ended after step {found.step}: the weights after step {found.best_step} are kept")
+            case ModelMerged(folder, _):
+                self._say(f"merged: {folder}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

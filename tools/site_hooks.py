@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-_PAGES = ("engine.md", "strategies.md", "scale.md", "streaming.md")
+_PAGES = ("engine.md", "strategies.md", "scale.md", "streaming.md", "synergy.md")
 _LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 

@@ -73,7 +73,7 @@ def run_export(
     config = SearchConfig.from_json(manifest.config)
     picked = pruned_round(reader, pick, "use the model as it is, or")
     section = found_model(config.model, model, reader.uri)
-    with _becoming(place) as folder:
+    with becoming(place) as folder:
         from tale_ray.model.export import write_checkpoint  # torch is wanted in this process only now
 
         written = write_checkpoint(section, picked.removed, folder, digest=manifest.model["digest"], dtype=dtype)
@@ -202,7 +202,7 @@ def _checked_place(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _becoming(place: Path) -> Iterator[Path]:
+def becoming(place: Path) -> Iterator[Path]:
     """Yield an empty folder beside `place` that becomes it when the block ends well, and is deleted when it does not.
 
     What a killed process left is deleted by the next one.

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,13 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    section: ModelSection, removed: Collection[int], out: Path, *, digest: str, dtype: str = STORED
+    section: ModelSection,
+    removed: Collection[int],
+    out: Path,
+    *,
+    digest: str | None,
+    dtype: str = STORED,
+    change: Callable[[Any], None] | None = None,
 ) -> Checkpoint:
     """Write the model of a section without the layers `removed` into the empty folder `out`, and return what it is.
 
@@ -70,7 +76,8 @@ def write_checkpoint(
         section: a hub id, a folder, or `bundled`; its own dtype is not heeded.
         removed: numbers of layers in the full model.
         out: an empty folder.
-        digest: what `digest_model` has to say of the files.
+        digest: what `digest_model` has to say of the files; None: anything.
+        change: what is done to the loaded model, without these layers, before it is written.
         dtype: float32, bfloat16, float16, or `checkpoint` for the one that the weights are stored in.
 
     Raises:
@@ -105,6 +112,8 @@ def write_checkpoint(
     layers = find_layers(model)
     full = model.num_parameters()
     with layers.without(removed), no_progress_bars():
+        if change is not None:
+            change(model)
         _save(model, out)
         num_parameters = model.num_parameters()
     _copy_files(section, folder, out)
@@ -124,7 +133,9 @@ def write_checkpoint(
     )
 
 
-def _check_digest(section: ModelSection, folder: Path, expected: str) -> None:
+def _check_digest(section: ModelSection, folder: Path, expected: str | None) -> None:
+    if expected is None:
+        return
     if (found := digest_model(folder, section.gguf)) != expected:
         raise ModelError(
             f"the model {section.model} is not the one that was searched (SHA-256 {expected[:12]}, now {found[:12]}): "

@@ -120,7 +120,7 @@ def encode(
         TaskError: the chat template fails, or there are no tokens.
     """
     text, adds_tokens = prompt_text(tokenizer, messages, demonstrations)
-    token_ids = _token_ids(tokenizer, text, add_special_tokens=adds_tokens)
+    token_ids = text_ids(tokenizer, text, add_special_tokens=adds_tokens)
     if not token_ids:
         raise TaskError(f"the prompt {_shown(text)} has no tokens: check the tokenizer and its chat template")
     return token_ids
@@ -140,6 +140,22 @@ def prompt_text(
     if _system_is_lost(tokenizer):
         chat = _fold_system(chat)
     return _chat_text(tokenizer, chat), False  # the chat template writes its own special tokens
+
+
+def finished_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], demonstrations: Sequence[Example], reply: str
+) -> str:
+    """Return the chat of `prompt_text` with the reply in it, and whatever the chat template ends a reply with.
+
+    Raises:
+        TaskError: the chat template fails.
+    """
+    chat = [*_with_demonstrations(messages, demonstrations), {"role": "assistant", "content": reply}]
+    if not tokenizer.chat_template:
+        return _plain_text(chat).rstrip()
+    if _system_is_lost(tokenizer):
+        chat = _fold_system(chat)
+    return _chat_text(tokenizer, chat, is_open=False)
 
 
 def encode_choices(
@@ -183,7 +199,7 @@ def _encode_plain(tokenizer: Tokenizer, example: Example, prompt: str) -> Prompt
         return not (start and text.startswith(start))
 
     if not example.choices:
-        token_ids = _token_ids(tokenizer, prompt, add_special_tokens=adds(prompt))
+        token_ids = text_ids(tokenizer, prompt, add_special_tokens=adds(prompt))
         if not token_ids:
             raise TaskError(f"the prompt {_shown(prompt)} has no tokens: check the task and the tokenizer")
         return PromptRow(token_ids, number)
@@ -215,11 +231,11 @@ def _encode_pairs(
     """Return pairs that share one tuple of the context, which may be long."""
     stripped = context.rstrip()
     space = context[len(stripped) :]
-    before = _token_ids(tokenizer, stripped, add_special_tokens=add_special_tokens) if stripped else ()
+    before = text_ids(tokenizer, stripped, add_special_tokens=add_special_tokens) if stripped else ()
     pairs = []
     for continuation in continuations:
         if stripped:
-            whole = _token_ids(tokenizer, stripped + space + continuation, add_special_tokens=add_special_tokens)
+            whole = text_ids(tokenizer, stripped + space + continuation, add_special_tokens=add_special_tokens)
             pair = before, whole[len(before) :]
         else:
             pair = _start_pair(tokenizer, space + continuation)
@@ -235,13 +251,14 @@ def _encode_pairs(
 def _start_pair(tokenizer: Tokenizer, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return a text that nothing comes before as what comes after the token that starts all texts."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    token_ids = _token_ids(tokenizer, text, add_special_tokens=False)
+    token_ids = text_ids(tokenizer, text, add_special_tokens=False)
     if start is None or token_ids[:1] == (start,):
         return token_ids[:1], token_ids[1:]
     return (start,), token_ids
 
 
-def _token_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+def text_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    """Return the token ids of a text that is to be gone on with."""
     token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if add_special_tokens and token_ids and token_ids[-1] == tokenizer.eos_token_id:
         token_ids = token_ids[:-1]  # some tokenizers end every text: the reply would come after the end
@@ -281,7 +298,8 @@ def _with_demonstrations(messages: Sequence[Message], demonstrations: Sequence[E
     return chat + [message for message in messages if message["role"] != "system"]
 
 
-def _chat_text(tokenizer: Tokenizer, chat: Sequence[Message]) -> str:
+def _chat_text(tokenizer: Tokenizer, chat: Sequence[Message], *, is_open: bool = True) -> str:
+    """Return the chat as text, up to where a reply starts if it is open."""
     options: dict[str, Any] = {}
     try:
         template = tokenizer.get_chat_template()
@@ -290,7 +308,7 @@ def _chat_text(tokenizer: Tokenizer, chat: Sequence[Message]) -> str:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in chat],
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=is_open,
             enable_thinking=False,
             date_string=DATE,
             **options,

@@ -1,0 +1,152 @@
+"""The command `synergy`: pruning and fine-tuning in every order, on the same test rows."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+from rich.console import Console
+
+from tale_ray.api import make_config
+from tale_ray.attempt.finetune_folder import TrainingFolder
+from tale_ray.attempt.synergy import PICKS, SynergyConfig, parse_regimes, run_synergy
+from tale_ray.attempt.synergy_folder import REGIMES, SynergyFolder
+from tale_ray.cli_finetune import make_tuning, placed, resumable, tuning_names, tuning_options
+from tale_ray.cli_options import (
+    data_root_option,
+    include_path_option,
+    json_option,
+    model_options,
+    place_options,
+    shots_option,
+    time_limit_option,
+    with_options,
+)
+from tale_ray.cli_shown import given
+from tale_ray.config import EpsilonMode, StrategyName
+from tale_ray.errors import ConfigError, Interrupted, StoreError
+from tale_ray.option_texts import parse_duration, parse_seeds, splits_text
+from tale_ray.output_file import check_file, check_place
+from tale_ray.progress import Display
+from tale_ray.results.report.plots import check_matplotlib
+from tale_ray.results.synergy import summarize_synergy
+from tale_ray.results.synergy_tables import synergy_table, write_synergy_figure
+from tale_ray.results.tables import output_console
+from tale_ray.search.interruption import Interruption
+from tale_ray.tuning.options import TUNED_SPLITS
+
+
+@click.command()
+@model_options
+@click.option("--task", metavar="T", help="Built-in task, path of a task file, or lm-eval:NAME.")
+@click.option("--rows", type=int, metavar="N", help="Use the first N search rows.  [default: all]")
+@shots_option
+@click.option(
+    "--splits", metavar="SHARES", default=splits_text(TUNED_SPLITS), show_default=True, help="Shares of the rows."
+)
+@data_root_option
+@include_path_option
+@click.option("--seeds", metavar="LIST", default="0", show_default=True, help="Of rows and trainings, e.g. 0,1,2.")
+@with_options(
+    click.option("--regimes", metavar="LIST", default=",".join(REGIMES), show_default=True, help="Those to compare."),
+    click.option(
+        "--pick",
+        type=click.Choice(PICKS),
+        default="selected",
+        show_default=True,
+        help="Result of a search that is trained, and reported.",
+    ),
+    click.option(
+        "--strategy",
+        type=click.Choice(get_args(StrategyName)),
+        default="tale",
+        show_default=True,
+        help="How layers are chosen.",
+    ),
+    click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
+    click.option(
+        "--epsilon-mode",
+        type=click.Choice(get_args(EpsilonMode)),
+        default="baseline",
+        show_default=True,
+        help="Lost against the full model, or against the last accepted one.",
+    ),
+    click.option("--max-removed", type=int, metavar="N", help="A search removes at most N layers."),
+    click.option("--keep-layers", metavar="LAYERS", help="Never remove these."),
+)
+@tuning_options
+@place_options
+@time_limit_option
+@click.option("--study", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the study.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the accuracies; .png or .svg.")
+@json_option
+def synergy(
+    seeds: str,
+    regimes: str,
+    pick: str,
+    study: Path,
+    plot: Path | None,
+    as_json: bool,
+    time_limit: str | None,
+    **options: Any,
+) -> None:
+    """Compare pruning, fine-tuning and both, in either order, on the same test rows.
+
+    The regimes are the model itself (base), pruned (tale), fine-tuned (ft), pruned and then fine-tuned (tale-ft), the
+    other way round (ft-tale), and pruned once more (tale-ft-tale). Searches and trainings are ordinary ones in the
+    folder of the study. The same command goes on with what is not done yet, and prints the table of a finished study
+    again.
+    """
+    if plot is not None:
+        check_file(plot, "--plot")
+        if plot.suffix not in (".png", ".svg"):
+            raise ConfigError(f"--plot {plot} has no known ending: name a .png or .svg file")
+        check_matplotlib()
+    check_place(study / "seed-0", "--study")
+    tuning = {name: options.pop(name) for name in tuning_names()}
+    chosen = parse_seeds(seeds)
+    config = make_config(**placed(given(options)), seed=chosen[0])
+    asked = SynergyConfig(
+        config=config,
+        options=make_tuning(tuning, config, None),
+        study=str(study),
+        seeds=chosen,
+        regimes=parse_regimes(regimes),
+        pick=pick,
+    )
+    interruption = Interruption()
+    limit = None if time_limit is None else parse_duration(time_limit)
+    with interruption.on_signals(limit), Display(Console(stderr=True)) as display:
+        try:
+            for event in run_synergy(asked, interruption):
+                display.show(event)
+        except Interrupted as error:
+            raise resumable(error) from error
+    found = {"study": str(study.expanduser().absolute()), **_summary(SynergyFolder(study.expanduser().absolute()))}
+    if plot is not None:
+        write_synergy_figure(found, plot)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    output_console().print(synergy_table(found), soft_wrap=True)
+    click.echo(f"study: {found['study']}")
+    if plot is not None:
+        click.echo(f"figure: {plot}")
+
+
+def _summary(folder: SynergyFolder) -> dict[str, Any]:
+    """Return what the stages of a study have come to."""
+    study = folder.stored()
+    assert study is not None, "it was written"
+
+    def record(seed: int, stage: Any) -> dict[str, Any]:
+        place = folder.stage(seed, stage)
+        found = TrainingFolder(place).record()
+        if found is None or found["state"] != "finished":
+            raise StoreError(f"{place} is not trained to its end: run the command again to go on")
+        return found
+
+    def run(seed: int, stage: Any) -> str:
+        return str(folder.stage(seed, stage))
+
+    return summarize_synergy(study, run, record)

@@ -1,0 +1,154 @@
+"""What a study of pruning and fine-tuning has found: regimes side by side on the same test rows, from storage alone.
+
+Every accuracy has its Wilson interval, every comparison is the exact McNemar test on the same rows, corrected (Holm)
+for all comparisons of the study. Seeds split the same rows anew: their test rows overlap, so nothing is pooled.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tale_ray.errors import StoreError
+from tale_ray.results.held_out import compare_sheets, comparison_json
+from tale_ray.results.statistics import adjust_holm, wilson_interval
+from tale_ray.results.study import spread
+from tale_ray.results.summary import summarize
+from tale_ray.search.driver import held_out_scope
+from tale_ray.store.reader import RunReader
+from tale_ray.store.tables import AnswerSheet
+
+TITLES: Mapping[str, str] = {
+    "base": "base",
+    "tale": "TALE",
+    "ft": "FT",
+    "tale-ft": "TALE then FT",
+    "ft-tale": "FT then TALE",
+    "tale-ft-tale": "(TALE then FT) then TALE",
+}
+_RUNS = {"base": "tale", "tale": "tale", "ft": "ft-tale", "ft-tale": "ft-tale"}
+_RUNS |= {"tale-ft": "tale-ft-tale", "tale-ft-tale": "tale-ft-tale"}
+_PRUNED_BY_RUN = ("tale", "ft-tale", "tale-ft-tale")  # what the run of a regime recommends; the others are its start
+_TRAININGS = {"ft": "ft", "ft-tale": "ft", "tale-ft": "tale-ft", "tale-ft-tale": "tale-ft"}
+_PAIRS = (
+    *((name, "base") for name in ("tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale")),
+    *(("tale-ft", "ft"), ("ft-tale", "ft"), ("tale-ft", "ft-tale"), ("tale-ft-tale", "tale-ft")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A regime with one seed."""
+
+    values: dict[str, Any]
+    sheet: AnswerSheet
+
+
+def summarize_synergy(
+    study: Mapping[str, Any], place: Callable[[int, str], str], record: Callable[[int, str], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what a finished study has found, as JSON values.
+
+    Args:
+        study: what its folder says of it.
+        place: where the run of a seed and a stage is.
+        record: what is stored of the training of a seed and a stage.
+
+    Raises:
+        StoreError: a stage is not done, or is of other rows than the others.
+    """
+    seeds, regimes = study["seeds"], study["regimes"]
+    scored = {(name, seed): _score(name, seed, study["pick"], place, record) for seed in seeds for name in regimes}
+    comparisons = []
+    for one, other in _PAIRS:
+        for seed in seeds:
+            if one in regimes and other in regimes:
+                found = compare_sheets(scored[one, seed].sheet, scored[other, seed].sheet)
+                if found is None:
+                    raise StoreError(
+                        f"seed {seed}: {TITLES[one]} and {TITLES[other]} were not scored on the same test rows: a "
+                        "stage of the study was replaced; delete its folder and run the command again"
+                    )
+                comparisons.append({"first": one, "second": other, "seed": seed, **comparison_json(found)})
+    for entry, adjusted in zip(comparisons, adjust_holm([each["p_value"] for each in comparisons]), strict=True):
+        entry["p_value_holm"] = adjusted
+    reader = RunReader(place(seeds[0], "tale"))
+    summary = summarize(reader)
+    return {
+        "model": study["config"]["model"]["model"],
+        "task": summary["task"],
+        "num_layers": summary["num_layers"],
+        "seeds": seeds,
+        "pick": study["pick"],
+        "rows": {seed: summarize(RunReader(place(seed, "tale")))["rows"] for seed in seeds},
+        "regimes": [_regime(name, [scored[name, seed].values for seed in seeds]) for name in regimes],
+        "comparisons": comparisons,
+        "training": [each for seed in seeds if (each := _training(seed, regimes, record)) is not None],
+    }
+
+
+def _score(
+    name: str,
+    seed: int,
+    pick: str,
+    place: Callable[[int, str], str],
+    record: Callable[[int, str], Mapping[str, Any]],
+) -> _Scored:
+    """Return how a regime does with a seed, from the run that has scored it."""
+    uri = place(seed, _RUNS[name])
+    reader = RunReader(uri)
+    summary = summarize(reader)
+    test = summary["test"]
+    entry = test and test["baseline" if name not in _PRUNED_BY_RUN else pick]
+    if not entry:
+        raise StoreError(f"{uri} has no test rows scored yet: run the command again to go on")
+    sheet = reader.answers(held_out_scope("test", entry["round"]))
+    if sheet is None:
+        raise StoreError(f"{uri} lacks its answers to test rows: delete its folder and run the command again")
+    trained = record(seed, _TRAININGS[name]) if name in _TRAININGS else None
+    before = [] if trained is None else list(trained["removed"])
+    total = summary["num_layers"] + len(before)
+    left = [layer for layer in range(total) if layer not in before]
+    removed = [*before, *(left[layer] for layer in entry.get("removed", []))]
+    interval = wilson_interval(entry["correct"], entry["total"])
+    values = {
+        "seed": seed,
+        "correct": entry["correct"],
+        "total": entry["total"],
+        "invalid": entry["invalid"],
+        "accuracy": entry["correct"] / entry["total"],
+        "interval": [interval.low, interval.high],
+        "removed": removed,  # numbered as in the full model
+        "num_layers": total - len(removed),
+        "trainable_parameters": 0 if trained is None else trained["trainable_parameters"],
+        "training_seconds": 0.0 if trained is None else trained["seconds"]["training"],
+        "training_cpu_seconds": 0.0 if trained is None else trained["seconds"]["training_cpu"],
+    }
+    return _Scored(values, sheet)
+
+
+def _regime(name: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"regime": name, "accuracy": spread([each["accuracy"] for each in found]), "seeds": list(found)}
+
+
+def _training(
+    seed: int, regimes: Sequence[str], record: Callable[[int, str], Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Return what training the full model and the pruned one took, step by step, with one seed; None without both."""
+    if not ({"ft", "ft-tale"} & {*regimes} and {"tale-ft", "tale-ft-tale"} & {*regimes}):
+        return None
+    full, pruned = (_pace(record(seed, stage)) for stage in ("ft", "tale-ft"))
+    ratios = {f"{name}_ratio": pruned[name] / full[name] for name in ("seconds_per_step", "cpu_seconds_per_step")}
+    return {"seed": seed, "full": full, "pruned": pruned, **ratios}
+
+
+def _pace(record: Mapping[str, Any]) -> dict[str, Any]:
+    seconds, steps = record["seconds"], record["steps_done"]
+    return {
+        "num_layers": record["num_layers"] - len(record["removed"]),
+        "steps": steps,
+        "kept_step": record["kept_step"],
+        "trainable_parameters": record["trainable_parameters"],
+        "seconds": seconds["training"],
+        "seconds_per_step": seconds["training"] / steps,
+        "cpu_seconds_per_step": seconds["training_cpu"] / steps,
+    }
