@@ -8,9 +8,9 @@ import click
 from rich.console import Console
 
 from tale_ray.api import make_config
-from tale_ray.attempt.finetune_folder import TrainingFolder
 from tale_ray.attempt.synergy import PICKS, SynergyConfig, parse_regimes, run_synergy
 from tale_ray.attempt.synergy_folder import REGIMES, SynergyFolder
+from tale_ray.attempt.synergy_result import keep_summary, summarize_study
 from tale_ray.cli_finetune import make_tuning, placed, resumable, tuning_names, tuning_options
 from tale_ray.cli_options import (
     data_root_option,
@@ -24,12 +24,11 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_shown import given
 from tale_ray.config import EpsilonMode, StrategyName
-from tale_ray.errors import ConfigError, Interrupted, StoreError
+from tale_ray.errors import ConfigError, Interrupted
 from tale_ray.option_texts import parse_duration, parse_seeds, splits_text
 from tale_ray.output_file import check_file, check_place
 from tale_ray.progress import Display
 from tale_ray.results.report.plots import check_matplotlib
-from tale_ray.results.synergy import summarize_synergy
 from tale_ray.results.synergy_tables import synergy_table, write_synergy_figure
 from tale_ray.results.tables import output_console
 from tale_ray.search.interruption import Interruption
@@ -122,7 +121,10 @@ def synergy(
                 display.show(event)
         except Interrupted as error:
             raise resumable(error) from error
-    found = {"study": str(study.expanduser().absolute()), **_summary(SynergyFolder(study.expanduser().absolute()))}
+    folder = SynergyFolder(study.expanduser().absolute())
+    summary = summarize_study(folder)
+    keep_summary(folder, summary)
+    found = {"study": str(folder.path), **summary}
     if plot is not None:
         write_synergy_figure(found, plot)
     if as_json:
@@ -132,21 +134,3 @@ def synergy(
     click.echo(f"study: {found['study']}")
     if plot is not None:
         click.echo(f"figure: {plot}")
-
-
-def _summary(folder: SynergyFolder) -> dict[str, Any]:
-    """Return what the stages of a study have come to."""
-    study = folder.stored()
-    assert study is not None, "it was written"
-
-    def record(seed: int, stage: Any) -> dict[str, Any]:
-        place = folder.stage(seed, stage)
-        found = TrainingFolder(place).record()
-        if found is None or found["state"] != "finished":
-            raise StoreError(f"{place} is not trained to its end: run the command again to go on")
-        return found
-
-    def run(seed: int, stage: Any) -> str:
-        return str(folder.stage(seed, stage))
-
-    return summarize_synergy(study, run, record)

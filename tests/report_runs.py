@@ -96,6 +96,31 @@ INFORMATION = {
 }
 
 
+SYNERGY = {
+    "regimes": [
+        {
+            "regime": name,
+            "seeds": [
+                {"seed": 0, "correct": correct, "total": 200, "num_layers": layers, "trainable_parameters": parameters}
+            ],
+        }
+        for name, correct, layers, parameters in (("base", 160, 12, 0), ("ft", 180, 12, 408_576))
+    ],
+    "comparisons": [
+        {
+            "first": "ft",
+            "second": "base",
+            "seed": 0,
+            "difference": 0.1,
+            "difference_interval": [0.05, 0.15],
+            "wins": 24,
+            "losses": 4,
+            "p_value_holm": 0.0002,
+        }
+    ],
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What the run is to be like."""
@@ -129,6 +154,7 @@ def write_report_run(path: Path | str, shape: Shape = Shape(), *, how: str = "fi
             writer.write_result("latency", LATENCY)
             writer.write_result("transfer", TRANSFER)
             writer.write_result("information", INFORMATION)
+            writer.write_result("synergy", SYNERGY)
         error = "a worker said <b>no</b>" if how == "failed" else None
         writer.update_attempt(how=how, error=error, search_seconds=2.25, load_seconds=0.25)
 

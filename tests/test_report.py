@@ -12,7 +12,7 @@ import pytest
 from folders import command, show
 from places import Place
 from report_page import Page, row_of
-from report_runs import EVIL, LATENCY, NUM_LAYERS, TRANSFER, Shape, write_report_run
+from report_runs import EVIL, LATENCY, NUM_LAYERS, SYNERGY, TRANSFER, Shape, write_report_run
 from stored_runs import write_run
 
 from tale_ray.results.report.data import gather
@@ -21,6 +21,8 @@ from tale_ray.results.report.texts import excerpt, visible
 from tale_ray.results.report.verdict import verdict
 from tale_ray.results.statistics import wilson_interval
 from tale_ray.store import RunReader, RunWriter
+
+SCORE: dict[str, Any] = SYNERGY["regimes"][0]["seeds"][0]  # type: ignore[index]
 
 
 @pytest.fixture(scope="module", name="run")
@@ -238,6 +240,36 @@ def test_information_is_shown_as_it_is_stored(run: Path, page: Page, tmp_path: P
         broken = command("report", bare, "-o", tmp_path / "x.html")
         assert broken.code == 2, changes
         assert "information.json was changed" in broken.err
+
+
+def test_regimes_are_shown_as_they_are_stored(page: Page, tmp_path: Path) -> None:
+    head = page.rows.index(["regime", "seed", "layers", "accuracy", "parameters trained"])
+    assert page.rows[head + 1 : head + 3] == [
+        ["base", "0", "12", "80.0% [73.9, 85.0]", "–"],
+        ["FT", "0", "12", "90.0% [85.1, 93.4]", "408,576"],
+    ]
+    assert row_of(page, "FT", "base") == ["FT", "base", "0", "+10.0 [+5.0, +15.0]", "24", "4", "<0.001"]
+    assert "corrected by Holm for 1 comparison." in page.text
+    bare = tmp_path / "run"
+    write_report_run(bare, how="interrupted")
+    assert "Pruned and fine-tuned" not in report(bare, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"regimes": [{"regime": "magic", "seeds": []}]}, "'magic' is no regime"),
+        ({"regimes": None}, "regimes is None"),
+        ({"comparisons": [{**SYNERGY["comparisons"][0], "difference_interval": [0.1]}]}, "an interval has two ends"),
+        ({"regimes": [{"regime": "ft", "seeds": [{**SCORE, "correct": 201}]}]}, "201 of 200 rows are no score"),
+    ],
+)
+def test_regimes_that_were_changed_are_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    write_report_run(tmp_path / "run", Shape(rounds=1))
+    with RunWriter.claim(str(tmp_path / "run")) as writer:
+        writer.write_result("synergy", {**SYNERGY, **change})
+    broken = command("report", tmp_path / "run", "-o", tmp_path / "x.html")
+    assert (broken.code, words in broken.err, "synergy.json was changed" in broken.err) == (2, True, True), broken.err
 
 
 def test_faults_survived(page: Page) -> None:

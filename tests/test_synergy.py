@@ -114,6 +114,26 @@ def test_comparisons_are_exact_and_paired(study: Path, found: Any) -> None:
     assert [each["p_value_holm"] for each in found["comparisons"]] == pytest.approx(list(expected))
 
 
+def test_every_report_of_the_study_shows_the_regimes(study: Path, found: Any, tmp_path: Path) -> None:
+    values = regime(found, "tale-ft", 1)
+    shown = f"{values['num_layers']}</td><td>{100 * values['accuracy']:.1f}%"
+    for stage in ("tale", "ft-tale", "tale-ft-tale"):
+        place = study / "seed-1" / stage
+        stored = json.loads((place / "results" / "synergy.json").read_text())
+        assert {**stored, "study": found["study"]} == {**found, "schema_version": stored["schema_version"]}
+        assert command("report", place, "-o", tmp_path / f"{stage}.html").code == 0
+        text = (tmp_path / f"{stage}.html").read_text(encoding="utf-8")
+        assert f'<tr><th scope="row">TALE then FT</th><td>1</td><td>{shown}' in text
+
+
+def test_a_block_is_removed_before_it_is_trained(material: Material, tmp_path: Path) -> None:
+    """A training has no use for the limit that this strategy needs."""
+    chosen = ("--strategy", "contiguous", "--max-removed", 2, "--regimes", "tale,tale-ft", "--pick", "final", "--json")
+    outcome = command(*arguments(material, tmp_path / "study", "--epsilon", "1", *chosen))
+    assert outcome.code == 0, outcome.err
+    assert len(regime(outcome.json, "tale-ft", 0)["removed"]) == 2
+
+
 def test_training_is_measured(study: Path, found: Any) -> None:
     for seed, each in enumerate(found["training"]):
         stored = json.loads((study / f"seed-{seed}" / "ft" / "finetune.json").read_text())

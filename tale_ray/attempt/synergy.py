@@ -15,7 +15,7 @@ from tale_ray.attempt.finetune import FinetuneConfig, FinetuneEvent, plan_finetu
 from tale_ray.attempt.identity import identity_digest, with_absolute_paths
 from tale_ray.attempt.search import AttemptEvent, run_search
 from tale_ray.attempt.synergy_folder import REGIMES, Regime, Stage, SynergyFolder
-from tale_ray.config import SearchConfig, StorageSection
+from tale_ray.config import SearchConfig, StorageSection, StrategySection
 from tale_ray.errors import ConfigError, TaskError
 from tale_ray.search.interruption import Interruption
 from tale_ray.store.reader import RunReader
@@ -168,7 +168,7 @@ def _stage(
         case "tale-ft":
             reader = RunReader(str(folder.stage(seed, "tale")))
             removed = picked_round(reader, asked.pick).removed
-            pruned = replace(config, strategy=replace(config.strategy, remove=removed, max_removed=None))
+            pruned = replace(config, strategy=StrategySection(remove=removed))
             training = _training(pruned, out, asked.options, seed)
             expected = stored_identity(reader, {})
             return run_finetune(replace(training, expected=expected, pick=asked.pick), interruption)

@@ -17,6 +17,8 @@ from tale_ray.search.driver import held_out_scope
 from tale_ray.store.reader import RunReader
 from tale_ray.store.tables import AnswerSheet
 
+RESULT = "synergy"  # its name in the folders of the runs
+SEARCHES = ("tale", "ft-tale", "tale-ft-tale")  # stages that are runs; what they recommend are regimes
 TITLES: Mapping[str, str] = {
     "base": "base",
     "tale": "TALE",
@@ -27,7 +29,6 @@ TITLES: Mapping[str, str] = {
 }
 _RUNS = {"base": "tale", "tale": "tale", "ft": "ft-tale", "ft-tale": "ft-tale"}
 _RUNS |= {"tale-ft": "tale-ft-tale", "tale-ft-tale": "tale-ft-tale"}
-_PRUNED_BY_RUN = ("tale", "ft-tale", "tale-ft-tale")  # what the run of a regime recommends; the others are its start
 _TRAININGS = {"ft": "ft", "ft-tale": "ft", "tale-ft": "tale-ft", "tale-ft-tale": "tale-ft"}
 _PAIRS = (
     *((name, "base") for name in ("tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale")),
@@ -98,7 +99,7 @@ def _score(
     reader = RunReader(uri)
     summary = summarize(reader)
     test = summary["test"]
-    entry = test and test["baseline" if name not in _PRUNED_BY_RUN else pick]
+    entry = test and test["baseline" if name not in SEARCHES else pick]
     if not entry:
         raise StoreError(f"{uri} has no test rows scored yet: run the command again to go on")
     sheet = reader.answers(held_out_scope("test", entry["round"]))

@@ -12,6 +12,7 @@ from tale_ray.records import Round, RowAnswer, Score, SplitName
 from tale_ray.results.held_out import RESULTS
 from tale_ray.results.report.information import StoredInformation, stored_information
 from tale_ray.results.report.latency import Latency, stored_latency
+from tale_ray.results.report.synergy import StoredSynergy, stored_synergy
 from tale_ray.results.report.transfer import Transfer, stored_transfer
 from tale_ray.results.statistics import Interval, wilson_interval
 from tale_ray.results.summary import stored_history, summarize
@@ -108,6 +109,7 @@ class ReportData:
     latency: Latency | None
     transfer: Transfer | None
     information: StoredInformation | None = None
+    synergy: StoredSynergy | None = None
 
     @property
     def pick(self) -> str | None:
@@ -140,6 +142,7 @@ def gather(reader: RunReader) -> ReportData:
         latency=stored_latency(reader),
         transfer=stored_transfer(reader),
         information=stored_information(reader),
+        synergy=stored_synergy(reader),
     )
 
 
