@@ -628,6 +628,7 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)  # Ray Train imports a lot, in four processes
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # Ray's own, in this process
 def test_two_workers_of_ray_train_come_to_what_one_process_does(
     material: Material, tmp_path: Path, ray_address: str

@@ -307,6 +307,7 @@ def _new_record(plan: FinetunePlan) -> dict[str, Any]:
         "pick": asked.pick,
         "removed": list(asked.config.strategy.remove),
         "task": plan.prepared.spec.name,
+        "splits": dict(asked.config.task.splits),
         "seed": asked.config.task.seed,
         "rows": {
             split: {"count": len(examples), "digest": digest_rows([each.digest for each in examples])}

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tale_ray.option_texts import splits_text
 from tale_ray.results.tables import count_text, layers_text, percent
 
 
@@ -31,7 +32,10 @@ def finetune_table(out: str, record: Mapping[str, Any]) -> RenderableType:
             f"{count_text(record['workers'], 'worker')}"
         ),
         Text(f"model: {out}/model, adapter: {out}/adapter"),
-        Text(f"score it with: tale-ray evaluate --model {shlex.quote(f'{out}/model')} --task T --splits ..."),
+        Text(
+            f"score it with: tale-ray evaluate --local --model {shlex.quote(f'{out}/model')} --task T "
+            f"--splits {splits_text(record['splits'])} --seed {record['seed']}"
+        ),
     ]
     return Group(*parts)
 
