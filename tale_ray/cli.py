@@ -33,6 +33,7 @@ from tale_ray.cli_options import (
     seed_option,
     shots_option,
     splits_option,
+    strategy_options,
     task_options,
     time_limit_option,
     with_options,
@@ -42,7 +43,7 @@ from tale_ray.cli_report import COMMANDS as REPORT_COMMANDS
 from tale_ray.cli_shown import changed, given, shown
 from tale_ray.cli_synergy import synergy
 from tale_ray.cli_transfer import transfer
-from tale_ray.config import DEFAULT_BEAM_WIDTH, MEASURING, EpsilonMode, ResumeMode, SearchConfig, StrategyName
+from tale_ray.config import ResumeMode, SearchConfig
 from tale_ray.errors import ConfigError, Interrupted, TaleRayError
 from tale_ray.option_file import read_option_file
 from tale_ray.option_texts import parse_seeds
@@ -75,36 +76,9 @@ def cli() -> None:
 @model_options
 @task_options
 @click.option("--seeds", metavar="LIST", help="Search once with each seed, e.g. 0,1,2, and compare: a study.")
+@strategy_options
 @with_options(
-    click.option(
-        "--strategy",
-        metavar="NAME",
-        default="tale",
-        show_default=True,
-        help=f"How layers are chosen: {', '.join(get_args(StrategyName))}.",
-    ),
-    click.option(
-        "--beam-width",
-        type=int,
-        metavar="N",
-        help=f"Sets of removed layers that strategy beam goes on from.  [default: {DEFAULT_BEAM_WIDTH}]",
-    ),
-    click.option(
-        "--calibration",
-        metavar="FILE",
-        help=f"Text that {', '.join(MEASURING)} measure the model on.  [default: prompts of the search rows]",
-    ),
-    click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
-    click.option(
-        "--epsilon-mode",
-        type=click.Choice(get_args(EpsilonMode)),
-        default="baseline",
-        show_default=True,
-        help="Lost against the full model, or against the last accepted one.",
-    ),
-    click.option("--max-removed", type=int, metavar="N", help="Remove at most N layers.  [default: no limit]"),
     click.option("--remove", metavar="LAYERS", help="Start without these, e.g. 3,7."),
-    click.option("--keep-layers", metavar="LAYERS", help="Never remove these."),
     click.option("--exhaustive", is_flag=True, help="Score every candidate on every row."),
 )
 @resource_options

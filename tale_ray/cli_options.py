@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from tale_ray.config import DEFAULT_SPLITS, DType, StreamMode
+from tale_ray.config import DEFAULT_BEAM_WIDTH, DEFAULT_SPLITS, MEASURING, DType, EpsilonMode, StrategyName, StreamMode
 from tale_ray.option_texts import splits_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,6 +53,36 @@ task_options = with_options(
     seed_option,
     data_root_option,
     include_path_option,
+)
+strategy_options = with_options(
+    click.option(
+        "--strategy",
+        metavar="NAME",
+        default="tale",
+        show_default=True,
+        help=f"How layers are chosen: {', '.join(get_args(StrategyName))}.",
+    ),
+    click.option(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help=f"Sets of removed layers that strategy beam goes on from.  [default: {DEFAULT_BEAM_WIDTH}]",
+    ),
+    click.option(
+        "--calibration",
+        metavar="FILE",
+        help=f"Text that {', '.join(MEASURING)} measure the model on.  [default: prompts of the search rows]",
+    ),
+    click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
+    click.option(
+        "--epsilon-mode",
+        type=click.Choice(get_args(EpsilonMode)),
+        default="baseline",
+        show_default=True,
+        help="Lost against the full model, or against the last accepted one.",
+    ),
+    click.option("--max-removed", type=int, metavar="N", help="Remove at most N layers.  [default: no limit]"),
+    click.option("--keep-layers", metavar="LAYERS", help="Never remove these."),
 )
 working_memory_options = with_options(
     click.option(

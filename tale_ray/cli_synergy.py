@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from rich.console import Console
@@ -19,11 +19,11 @@ from tale_ray.cli_options import (
     model_options,
     place_options,
     shots_option,
+    strategy_options,
     time_limit_option,
     with_options,
 )
 from tale_ray.cli_shown import given
-from tale_ray.config import EpsilonMode, StrategyName
 from tale_ray.errors import ConfigError, Interrupted
 from tale_ray.option_texts import parse_duration, parse_seeds, splits_text
 from tale_ray.output_file import check_file, check_place
@@ -55,24 +55,8 @@ from tale_ray.tuning.options import TUNED_SPLITS
         show_default=True,
         help="Result of a search that is trained, and reported.",
     ),
-    click.option(
-        "--strategy",
-        type=click.Choice(get_args(StrategyName)),
-        default="tale",
-        show_default=True,
-        help="How layers are chosen.",
-    ),
-    click.option("--epsilon", default="0.08", show_default=True, help="Accuracy that may be lost, absolute."),
-    click.option(
-        "--epsilon-mode",
-        type=click.Choice(get_args(EpsilonMode)),
-        default="baseline",
-        show_default=True,
-        help="Lost against the full model, or against the last accepted one.",
-    ),
-    click.option("--max-removed", type=int, metavar="N", help="A search removes at most N layers."),
-    click.option("--keep-layers", metavar="LAYERS", help="Never remove these."),
 )
+@strategy_options
 @tuning_options
 @place_options
 @time_limit_option

@@ -1,7 +1,6 @@
 """Decoding all candidates together: the tokens of the plain path and of the oracle, whatever the batch."""
 
 import logging
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ from families import FAMILIES, tiny_loaded, tiny_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import end_tokens, greedy_tokens, rebuild
+from signals import Signal, struck_at
 
 from tale_ray.engine.decode import Decoder
 from tale_ray.engine.fit import fit_decoder, fit_sweep
@@ -237,10 +237,6 @@ def test_a_decoder_that_is_wrong_is_found_out(llama, monkeypatch):
     assert "longer replies" in note
 
 
-class Signal(BaseException):
-    """What a signal handler raises."""
-
-
 @pytest.mark.parametrize("calls", [0, 1, 5, 9, 14])
 def test_an_exception_while_decoding_leaves_the_model_whole(llama, calls):
     decoder, prompts = Decoder(llama, Sweep(llama)), tiny_prompts(3)
@@ -274,28 +270,9 @@ def test_a_signal_at_any_line_of_ours_leaves_the_model_whole(llama):
     scorer = Scorer(llama)
     expected, _ = score(scorer, unit, rows, 3)
     config, full = llama.model.config.to_dict(), llama.layers.full
-    line, left = 0, -1
-    while left < 0:
-        left = line
-
-        def trace(frame, event, _argument):
-            nonlocal left
-            if "tale_ray" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                left -= 1
-                if left == -1:
-                    raise Signal
-            return trace
-
-        previous = sys.gettrace()
-        try:
-            sys.settrace(trace)
-            score(scorer, unit, rows, 3)
-        except Signal:
-            pass
-        finally:
-            sys.settrace(previous)
+    line, was_struck = 0, True
+    while was_struck:
+        was_struck = struck_at(line, lambda: score(scorer, unit, rows, 3))
         assert llama.model.model.layers is full
         assert llama.model.config.to_dict() == config
         assert not any("forward" in vars(module) for module in full)

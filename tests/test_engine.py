@@ -1,7 +1,6 @@
 """Scoring a unit: order, counts, budgets, and a model that is whole afterwards. Numbers per family: test_families."""
 
 import signal
-import sys
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from families import score_unit, tiny_loaded, tiny_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import end_tokens, greedy_tokens, oracle_replies, oracle_search
+from signals import Signal, struck_at
 
 from tale_ray.engine import view
 from tale_ray.engine.budget import Budget, RowCost, batches, make_budget, row_cost
@@ -120,10 +120,6 @@ def test_refusals(loaded, rows):
         score_unit(loaded, unit(rows=(0,)), rows, ANSWER, 200, None, "w")
 
 
-class Signal(BaseException):
-    """What a signal handler raises."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("new_tokens", [1, 3])
 def test_a_signal_at_any_line_of_ours_leaves_the_model_whole(rows, new_tokens):
@@ -133,30 +129,13 @@ def test_a_signal_at_any_line_of_ours_leaves_the_model_whole(rows, new_tokens):
     config, full = loaded.model.config.to_dict(), loaded.layers.full
     line, step = 0, 11  # every eleventh line: which ones differs between the two parameters
     while True:
-        left = line + new_tokens
-
-        def trace(frame, event, _argument):
-            nonlocal left
-            if "tale_ray" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                left -= 1
-                if left == -1:
-                    raise Signal
-            return trace
-
-        previous = sys.gettrace()
-        try:
-            sys.settrace(trace)
-            score_unit(loaded, small, rows, ANSWER, new_tokens, None, "w")
-        except Signal:
-            pass
-        finally:
-            sys.settrace(previous)
+        was_struck = struck_at(
+            line + new_tokens, lambda: score_unit(loaded, small, rows, ANSWER, new_tokens, None, "w")
+        )
         assert loaded.model.model.layers is full
         assert loaded.model.config.to_dict() == config
         assert not loaded.model.lm_head._forward_pre_hooks
-        if left >= 0:
+        if not was_struck:
             break
         line += step
     assert line > 20 * step

@@ -24,6 +24,7 @@ from tale_ray.engine.budget import row_cost
 from tale_ray.model.digest import model_folder
 
 BUNDLED_ROWS = int(os.environ.get("TALE_RAY_ORACLE_ROWS", "40"))  # `make test-oracle` takes 120
+SEARCH: dict[str, Any] = {"task": "boolean_synthetic", "rows": BUNDLED_ROWS, "splits": "search=0.5", "exhaustive": True}
 SMOLLM2_ROWS = 12
 SMOLLM2 = Path(os.environ.get("TALE_RAY_SMOLLM2", ".cache/smollm2"))
 
@@ -96,10 +97,7 @@ def test_bundled_in_process(bundled: tuple[str, OracleSearch, Counter], tmp_path
     batch_bytes = (batch_rows or BUNDLED_ROWS) * one_row_bytes(counter.model, max(map(len, counter.prompts)))
     run = tale_ray.search(
         model=folder,
-        task="boolean_synthetic",
-        rows=BUNDLED_ROWS,
-        splits="search=0.5",
-        exhaustive=True,
+        **SEARCH,
         local=True,
         batch_bytes=batch_bytes,
         run=str(tmp_path / "run"),
@@ -117,10 +115,7 @@ def test_bundled_on_ray(
     folder, oracle, _ = bundled
     run = tale_ray.search(
         model=folder,
-        task="boolean_synthetic",
-        rows=BUNDLED_ROWS,
-        splits="search=0.5",
-        exhaustive=True,
+        **SEARCH,
         address=ray_address,
         workers=workers,
         run=str(tmp_path / "run"),
