@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tale_ray.attempt.execution import connect
 from tale_ray.errors import Interrupted
 from tale_ray.search.interruption import Interruption
 
@@ -53,3 +54,36 @@ def test_a_signal_ends_a_sleep_and_handlers_are_given_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         interruption.sleep(60)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Connecting:
+    """An executor's way to its place, during which the process gets a signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number, self.is_there = number, False
+
+    def connect(self) -> None:
+        signal.raise_signal(self.number)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ray.init does
+        self.is_there = True
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM, signal.SIGINT])
+def test_nothing_breaks_into_connecting(number: signal.Signals) -> None:
+    """What Ray has made by half may wait for ever when it is thrown away."""
+    interruption, executor = Interruption(), Connecting(number)
+    with pytest.raises(Interrupted), interruption.on_signals(60):
+        connect(executor, interruption)  # type: ignore[arg-type]
+        assert executor.is_there
+        assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+        with interruption.breakable():
+            pytest.fail("the body went on")
+    assert executor.is_there
+
+
+def test_nobody_connects_who_was_asked_to_stop() -> None:
+    interruption, executor = Interruption(), Connecting(signal.SIGALRM)
+    interruption.request("enough")
+    with pytest.raises(Interrupted, match="enough"):
+        connect(executor, interruption)  # type: ignore[arg-type]
+    assert not executor.is_there

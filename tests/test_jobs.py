@@ -31,7 +31,7 @@ SEARCH = {
 LONG = {
     **SEARCH,
     "exhaustive": True,
-    "rows": 400,
+    "rows": 1200,
     "splits": {"search": 1},
     "max_removed": 3,
 }  # still running when it is looked at

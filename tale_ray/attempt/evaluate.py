@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from tale_ray.attempt.execution import encode_questions, make_executor
+from tale_ray.attempt.execution import connect, encode_questions, make_executor
 from tale_ray.attempt.identity import with_absolute_paths
 from tale_ray.attempt.request import check_request
 from tale_ray.attempt.rows import PreparedRows, prepare_rows
@@ -133,9 +133,7 @@ def run_evaluation(
     yield LoadingStarted()
     executor = make_executor(config, f"evaluate-{prepared.spec.name}")
     with contextlib.closing(executor):
-        with interruption.breakable():
-            executor.connect()
-        interruption.arm()
+        connect(executor, interruption)
         with interruption.breakable():
             info = executor.load()
         yield ModelLoaded(info)

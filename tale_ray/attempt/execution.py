@@ -8,6 +8,7 @@ from tale_ray.cluster.local import LocalExecutor
 from tale_ray.config import SearchConfig
 from tale_ray.records import Example, ModelInfo, PromptRow, SplitName
 from tale_ray.search.executor import Executor, Questions
+from tale_ray.search.interruption import Interruption
 from tale_ray.tasks.prompts import digest_tokens
 
 
@@ -42,6 +43,20 @@ def encode_questions(executor: Executor, prepared: PreparedRows, info: ModelInfo
     for prompt_rows in rows.values():
         info.check_rows(prompt_rows, prepared.spec.max_new_tokens)
     return Questions(rows=rows, answer=prepared.spec.answer, max_new_tokens=prepared.spec.max_new_tokens)
+
+
+def connect(executor: Executor, interruption: Interruption) -> None:
+    """Reach the executor's place. A request to stop waits until that is done, seconds as a rule.
+
+    Half-made clients of Ray may wait for ever when an exception out of a signal handler throws them away.
+
+    Raises:
+        Interrupted: a stop was asked for before.
+        InfeasibleError: the place cannot be reached, or can never give what a worker needs.
+    """
+    interruption.check()
+    executor.connect()
+    interruption.arm()  # ray.init installs a SIGTERM handler of its own
 
 
 def encode_calibration(

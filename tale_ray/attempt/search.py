@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from tale_ray.attempt.execution import (
+    connect,
     encode_calibration,
     encode_questions,
     make_executor,
@@ -140,9 +141,7 @@ def run_search(config: SearchConfig, interruption: Interruption) -> Iterator[Att
         yield LoadingStarted()
         executor = make_executor(config, prepared.spec.name)
         stack.callback(executor.close)
-        with interruption.breakable():
-            executor.connect()
-        interruption.arm()  # ray.init installs a SIGTERM handler of its own
+        connect(executor, interruption)
         with interruption.breakable():
             info = executor.load()
         loaded_at = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from tale_ray.attempt.execution import encode_questions, make_executor, similar_ranks, token_digests
+from tale_ray.attempt.execution import connect, encode_questions, make_executor, similar_ranks, token_digests
 from tale_ray.attempt.search import LoadingStarted, ModelLoaded, RowsPrepared
 from tale_ray.attempt.transfer_plan import Cell, SearchedRun, TaskColumn, TransferPlan, TransferRequest, plan_transfer
 from tale_ray.errors import StoreError
@@ -97,9 +97,7 @@ def _score(
     executor = make_executor(plan.config, "transfer")
     found = {}
     with contextlib.closing(executor):
-        with interruption.breakable():
-            executor.connect()
-        interruption.arm()
+        connect(executor, interruption)
         with interruption.breakable():
             info = executor.load()
         yield ModelLoaded(info)
