@@ -1,7 +1,7 @@
 """A signal at any line of the package, as a handler of the process raises it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -10,13 +10,17 @@ class Signal(BaseException):
     """What a signal handler raises."""
 
 
-def struck_at(line: int, call: Callable[[], Any]) -> bool:
-    """Call, and raise a Signal in the package's line of that number, counted from 0; False if there are not so many."""
+def struck_at(line: int, call: Callable[[], Any], functions: Collection[str] = ()) -> bool:
+    """Call, and raise a Signal in the package's line of that number, counted from 0; False if there are not so many.
+
+    Given `functions`, only their lines count.
+    """
     left = line
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         nonlocal left
-        if "tale_ray" not in frame.f_code.co_filename:
+        code = frame.f_code
+        if "tale_ray" not in code.co_filename or (functions and code.co_name not in functions):
             return None
         if event == "line":
             left -= 1

@@ -1,12 +1,11 @@
 """The layer stack: what it finds, what it refuses, and that it always puts everything back."""
 
-import sys
-
 import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, VOCABULARY, tiny_loaded, tiny_model, tiny_prompts
 from oracles import next_logits
+from signals import Signal, struck_at
 from torch import nn
 
 from tale_ray.errors import ModelError
@@ -189,43 +188,26 @@ def test_configurations_that_differ_by_layer_are_renumbered():
     assert [layer.intermediate_size for layer in config.per_layer_config] == [48, 16, 48, 8]
 
 
-class Signal(BaseException):
-    """What a signal handler raises."""
-
-
 def test_a_signal_at_any_line_leaves_the_model_whole_or_to_be_restored():
     """The handler may strike between any two lines of the context; `restore` then has the last word."""
     loaded = tiny_loaded("gemma3")
     layers, before = loaded.layers, loaded.model.config.to_dict()
-    code = {"without", "restore", "_changes"}
-    struck = line = 0
-    while True:
-        left = line
 
-        def trace(frame, event, _argument):
-            nonlocal left
-            if frame.f_code.co_name not in code or "tale_ray" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                left -= 1
-                if left == -1:
-                    raise Signal
-            return trace
-
-        previous = sys.gettrace()
+    def leave_out():
+        nonlocal struck
         try:
-            sys.settrace(trace)
             with layers.without({0, 2}):
                 pass
         except Signal:
             struck += 1
-        finally:
-            sys.settrace(previous)
-            layers.restore()
+            raise
+
+    struck, line, was_struck = 0, 0, True
+    while was_struck:
+        was_struck = struck_at(line, leave_out, {"without", "restore", "_changes"})
+        layers.restore()
         assert loaded.model.model.layers is layers.full
         assert loaded.model.config.to_dict() == before
         assert [layer.self_attn.layer_idx for layer in layers.full] == list(range(6))
-        if left >= 0:
-            break
         line += 1
     assert struck > 50

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tale_ray.errors import StoreError
-from tale_ray.results.statistics import Interval, wilson_interval
+from tale_ray.results.report.accuracy import Accuracy, read_accuracy
 from tale_ray.results.synergy import RESULT, TITLES
 from tale_ray.store.documents import check_fields
 from tale_ray.store.reader import RunReader
 
 _REMEDY = "run the command `tale-ray synergy` of the study again, or delete it: no decision of the search depends on it"
-_SCORE = {"seed": int, "correct": int, "total": int, "num_layers": int, "trainable_parameters": int}
+_SCORE = {"seed": int, "num_layers": int, "trainable_parameters": int}
 _COMPARISON = {
     **{"first": str, "second": str, "seed": int, "difference": float, "difference_interval": list[float]},
     **{"wins": int, "losses": int, "p_value_holm": float},
@@ -25,15 +25,8 @@ class RegimeScore:
     title: str
     seed: int
     num_layers: int
-    correct: int
-    total: int
-    interval: Interval  # Wilson, 95%
+    accuracy: Accuracy
     trainable_parameters: int  # 0: nothing was trained
-
-    @property
-    def share(self) -> float:
-        """The accuracy, in [0, 1]."""
-        return self.correct / self.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +78,8 @@ def _title(name: str, path: str) -> str:
 
 def _score(title: str, entry: Mapping[str, Any], path: str) -> RegimeScore:
     check_fields(entry, _SCORE, path, _REMEDY)
-    correct, total = entry["correct"], entry["total"]
-    if not 0 <= correct <= total or not total:
-        raise StoreError(f"{path} was changed: {correct} of {total} rows are no score; {_REMEDY}")
-    interval = wilson_interval(correct, total)
-    return RegimeScore(
-        title, entry["seed"], entry["num_layers"], correct, total, interval, entry["trainable_parameters"]
-    )
+    accuracy = read_accuracy(entry, path, _REMEDY)
+    return RegimeScore(title, entry["seed"], entry["num_layers"], accuracy, entry["trainable_parameters"])
 
 
 def _pair(entry: Mapping[str, Any], path: str) -> RegimePair:

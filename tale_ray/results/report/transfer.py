@@ -10,27 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tale_ray.errors import StoreError
-from tale_ray.results.statistics import Interval, wilson_interval
+from tale_ray.results.report.accuracy import Accuracy, read_accuracy
 from tale_ray.results.transfer import RESULT
 from tale_ray.store.documents import check_fields
 from tale_ray.store.reader import RunReader
 
 _REMEDY = "delete it: no decision of the search depends on it"
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Correct rows of all, and the Wilson 95% interval of their share."""
-
-    correct: int
-    total: int
-    interval: Interval
-    invalid: int  # replies from which no answer could be read; 0 if that is not stored
-
-    @property
-    def share(self) -> float:
-        """The accuracy, in [0, 1]."""
-        return self.correct / self.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +91,9 @@ def _tested(entry: Mapping[str, Any], path: str) -> tuple[tuple[str, str], Teste
     if ends is not None and len(ends) != 2:
         raise StoreError(f"{path} was changed: an interval of {len(ends)} numbers has no two ends; {_REMEDY}")
     return (entry["searched_on"], entry["tested_on"]), Tested(
-        baseline=_accuracy(entry["baseline"], path),
-        pruned=_accuracy(entry["pruned"], path),
+        baseline=read_accuracy(entry["baseline"], path, _REMEDY),
+        pruned=read_accuracy(entry["pruned"], path, _REMEDY),
         is_own=entry.get("is_own", entry["searched_on"] == entry["tested_on"]),
         difference_interval=None if ends is None else (ends[0], ends[1]),
         p_value_holm=entry.get("p_value_holm"),
     )
-
-
-def _accuracy(score: Mapping[str, Any], path: str) -> Accuracy:
-    found = {"invalid": 0, **score}
-    check_fields(found, {"correct": int, "total": int, "invalid": int}, path, _REMEDY)
-    correct, total = found["correct"], found["total"]
-    if not 0 <= correct <= total or not total:
-        raise StoreError(f"{path} was changed: {correct} of {total} rows are no score; {_REMEDY}")
-    return Accuracy(correct, total, wilson_interval(correct, total), found["invalid"])
