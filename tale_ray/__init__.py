@@ -12,16 +12,19 @@ import Driver`. Importing the package imports neither torch nor Ray.
 from tale_ray.api import evaluate, open_run, open_study, resume, resume_study, search
 from tale_ray.api_information import information
 from tale_ray.api_several import compare, transfer
+from tale_ray.api_tuning import finetune, synergy
 
 __version__ = "0.1.0"
 __all__ = [
     "compare",
     "evaluate",
+    "finetune",
     "information",
     "open_run",
     "open_study",
     "resume",
     "resume_study",
     "search",
+    "synergy",
     "transfer",
 ]

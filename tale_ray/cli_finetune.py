@@ -7,8 +7,8 @@ from typing import Any, get_args
 import click
 from rich.console import Console
 
-from tale_ray.api import evaluated_config
-from tale_ray.attempt.finetune import FinetuneConfig, Finetuned, TunedDType, run_finetune
+from tale_ray.api_tuning import finetune_request
+from tale_ray.attempt.finetune import Finetuned, TunedDType, run_finetune
 from tale_ray.cli_options import (
     data_root_option,
     include_path_option,
@@ -21,10 +21,8 @@ from tale_ray.cli_options import (
     with_options,
 )
 from tale_ray.cli_shown import changed
-from tale_ray.config import SearchConfig
-from tale_ray.errors import ConfigError, Interrupted
-from tale_ray.option_texts import parse_duration, splits_text
-from tale_ray.output_file import check_place
+from tale_ray.errors import Interrupted
+from tale_ray.option_texts import splits_text
 from tale_ray.progress import Display
 from tale_ray.results.finetune import finetune_table
 from tale_ray.results.tables import output_console
@@ -125,10 +123,7 @@ def finetune(
     run: str | None,
     pick: str | None,
     out: Path,
-    merged_dtype: TunedDType,
     as_json: bool,
-    time_limit: str | None,
-    training_seed: int | None,
     **options: Any,
 ) -> None:
     """Fine-tune a model, or a pruned one, on the finetune rows of a task, and merge what it has learned.
@@ -137,22 +132,9 @@ def finetune(
     weights with the lowest. OUT gets the adapter and a checkpoint that plain transformers loads. The same command goes
     on with an unfinished training, and prints a finished one again. With --workers above 1 rows are shared through Ray.
     """
-    tuning = {name: options.pop(name) for name in tuning_names()}
-    given = changed(context, options)
-    if run is None:
-        given.setdefault("splits", options["splits"])
-    config, expected = evaluated_config(run, pick, **placed(given))
-    check_place(out, "--out")
-    asked = FinetuneConfig(
-        config=config,
-        options=make_tuning(tuning, config, training_seed),
-        out=str(out),
-        expected=expected,
-        pick=None if run is None else pick or "best",
-        dtype=merged_dtype,
-    )
+    asked = finetune_request(out, run=run, pick=pick, **changed(context, options))
     interruption = Interruption()
-    limit = None if time_limit is None else parse_duration(time_limit)
+    limit = asked.config.storage.time_limit_seconds
     done: Finetuned | None = None
     with interruption.on_signals(limit), Display(Console(stderr=True)) as display:
         try:
@@ -170,40 +152,6 @@ def finetune(
         output_console().print(finetune_table(done.out, done.record), soft_wrap=True)
 
 
-def tuning_names() -> list[str]:
-    """Return the names of the options of `tuning_options`, as parameters."""
-    return [name for name in TuningOptions.__dataclass_fields__ if name != "seed"]
-
-
-def make_tuning(given: dict[str, Any], config: SearchConfig, seed: int | None) -> TuningOptions:
-    """Return how an adapter is trained, from the values of `tuning_options`.
-
-    Raises:
-        ConfigError: a value breaks a rule.
-    """
-    names = tuple(part.strip() for part in given["target_modules"].split(","))
-    patience = given["patience"] or None
-    return TuningOptions(
-        **given | {"target_modules": names, "patience": patience}, seed=config.task.seed if seed is None else seed
-    )
-
-
 def resumable(error: Interrupted) -> Interrupted:
     """Return an interruption that says what to do, as those of a kind of their own do already."""
     return error if type(error) is not Interrupted else Interrupted(f"{error}: to go on, run the same command again")
-
-
-def placed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options that say where a training runs: in this process, unless more than one worker is asked for.
-
-    Raises:
-        ConfigError: an address is given, and nothing is to run there.
-    """
-    if (options.get("workers") or 1) > 1:
-        return options
-    if options.get("address"):
-        raise ConfigError(
-            f"address {options['address']!r} is given, and one worker trains in this process: ask for more --workers, "
-            "or leave it out"
-        )
-    return {**options, "local": True}

@@ -7,11 +7,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tale_ray.api import make_config
-from tale_ray.attempt.synergy import PICKS, SynergyConfig, parse_regimes, run_synergy
+from tale_ray.api_tuning import synergy_request
+from tale_ray.attempt.synergy import PICKS, run_synergy
 from tale_ray.attempt.synergy_folder import REGIMES, SynergyFolder
-from tale_ray.attempt.synergy_result import keep_summary, summarize_study
-from tale_ray.cli_finetune import make_tuning, placed, resumable, tuning_names, tuning_options
+from tale_ray.attempt.synergy_result import conclude_study
+from tale_ray.cli_finetune import resumable, tuning_options
 from tale_ray.cli_options import (
     data_root_option,
     include_path_option,
@@ -25,8 +25,8 @@ from tale_ray.cli_options import (
 )
 from tale_ray.cli_shown import given
 from tale_ray.errors import ConfigError, Interrupted
-from tale_ray.option_texts import parse_duration, parse_seeds, splits_text
-from tale_ray.output_file import check_file, check_place
+from tale_ray.option_texts import splits_text
+from tale_ray.output_file import check_file
 from tale_ray.progress import Display
 from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.results.synergy_tables import synergy_table, write_synergy_figure
@@ -70,7 +70,6 @@ def synergy(
     study: Path,
     plot: Path | None,
     as_json: bool,
-    time_limit: str | None,
     **options: Any,
 ) -> None:
     """Compare pruning, fine-tuning and both, in either order, on the same test rows.
@@ -85,30 +84,16 @@ def synergy(
         if plot.suffix not in (".png", ".svg"):
             raise ConfigError(f"--plot {plot} has no known ending: name a .png or .svg file")
         check_matplotlib()
-    check_place(study / "seed-0", "--study")
-    tuning = {name: options.pop(name) for name in tuning_names()}
-    chosen = parse_seeds(seeds)
-    config = make_config(**placed(given(options)), seed=chosen[0])
-    asked = SynergyConfig(
-        config=config,
-        options=make_tuning(tuning, config, None),
-        study=str(study),
-        seeds=chosen,
-        regimes=parse_regimes(regimes),
-        pick=pick,
-    )
+    asked = synergy_request(study, seeds=seeds, regimes=regimes, pick=pick, **given(options))
     interruption = Interruption()
-    limit = None if time_limit is None else parse_duration(time_limit)
+    limit = asked.config.storage.time_limit_seconds
     with interruption.on_signals(limit), Display(Console(stderr=True)) as display:
         try:
             for event in run_synergy(asked, interruption):
                 display.show(event)
         except Interrupted as error:
             raise resumable(error) from error
-    folder = SynergyFolder(study.expanduser().absolute())
-    summary = summarize_study(folder)
-    keep_summary(folder, summary)
-    found = {"study": str(folder.path), **summary}
+    found = conclude_study(SynergyFolder(Path(asked.study).expanduser().absolute()))
     if plot is not None:
         write_synergy_figure(found, plot)
     if as_json:

@@ -1,6 +1,7 @@
 """The command `finetune`: kills change nothing, what is written is standard, nonsense is refused."""
 
 import json
+import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -17,7 +18,9 @@ from tuned import FAST, SPLITS, adapters, record, tune
 
 import tale_ray.model.load
 from tale_ray.config import ModelSection
+from tale_ray.errors import ConfigError
 from tale_ray.model.load import load_model
+from tale_ray.tuning import loop
 from tale_ray.tuning.checkpoint import read_checkpoint
 from tale_ray.tuning.loop import Trainer
 
@@ -71,9 +74,10 @@ def test_interrupted_at_any_step_the_weights_are_the_same(
     check_same(out, trained)
 
 
-def drive(arguments: list[str]) -> None:
+def drive(arguments: list[str], pause: float) -> None:
     """The command in a process of its own that ends at once after its fifth step, as kill -9 ends it."""
     own = Trainer._step
+    loop.PAUSE = pause
 
     def dies(self: Trainer) -> float:
         loss = own(self)
@@ -85,22 +89,24 @@ def drive(arguments: list[str]) -> None:
     command(*arguments)
 
 
+@pytest.mark.parametrize(("pause", "step"), [(math.inf, 3), (0.0, 4)])
 def test_killed_it_goes_on_from_its_checkpoint_with_the_same_weights(
-    trained: Path, material: Material, tmp_path: Path
+    trained: Path, material: Material, tmp_path: Path, pause: float, step: int
 ) -> None:
+    """From the last look at the select rows where checkpoints take long, from the last step where they do not."""
     out = tmp_path / "out"
     options = ["--model", material.model, "--task", material.task, "--splits", SPLITS, "--remove", "3,1"]
     arguments = ["finetune", *map(str, options), "--out", str(out), *map(str, FAST)]
-    process = multiprocessing.get_context("spawn").Process(target=drive, args=(arguments,))
+    process = multiprocessing.get_context("spawn").Process(target=drive, args=(arguments, pause))
     process.start()
     process.join(120)
     assert process.exitcode == -9
     progress, _ = read_checkpoint(out / "state")
     assert progress is not None
-    assert progress.step == 3, "the evaluation before the kill"
+    assert progress.step == step
     outcome = command(*arguments)
     assert outcome.code == 0, outcome.err
-    assert "training goes on after step 3 of 10" in outcome.err
+    assert f"training goes on after step {step} of 10" in outcome.err
     check_same(out, trained)
 
 
@@ -126,6 +132,41 @@ def test_a_finished_training_is_not_done_again(
     assert outcome.code == 0, outcome.err
     assert {**before, "out": str(trained)} == {**outcome.json, "schema_version": 1}
     assert not (trained / "state").exists()
+
+
+# From Python.
+
+QUICK = {"epochs": 1, "batch_size": 4, "rank": 2, "learning_rate": 0.0005, "eval_every": 3, "splits": SPLITS}
+
+
+def test_python_trains_as_the_command_does(trained: Path, material: Material, tmp_path: Path) -> None:
+    given = {**QUICK, "model": material.model, "task": material.task, "remove": (3, 1)}
+    found = tale_ray.finetune(tmp_path / "out", **given, target_modules="all-linear", patience=5)
+    check_same(trained, tmp_path / "out")
+    assert tale_ray.finetune(tmp_path / "out", **given) == found, "a finished training is told again"
+    assert found["out"] == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": True}, "rank True is not of the right kind"),
+        ({"target_modules": ()}, "target modules '' are no list of layers"),
+        ({"target_modules": ("q_proj", 3)}, "target modules .* is not of the right kind"),
+        ({"merged_dtype": "int8"}, "merged dtype 'int8' is not known: choose one of trained, float32"),
+        ({"time_limit": "soon"}, "duration 'soon' is not understood"),
+        ({"lerning_rate": 1e-4}, "option 'lerning_rate' is not known"),
+        ({"pick": 3}, "pick '3' is a result of a run: name the run too"),
+        ({"task": None}, "task is missing"),
+    ],
+)
+def test_python_refuses_nonsense_before_a_model_is_loaded(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+    with pytest.raises(ConfigError, match=words):
+        tale_ray.finetune(tmp_path / "out", **{**QUICK, "model": material.model, "task": material.task, **options})
+    assert not (tmp_path / "out").exists()
 
 
 # What is written.

@@ -14,9 +14,12 @@ from folders import material_fixture as material_fixture
 from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
+import tale_ray
 from tale_ray.attempt.synergy_folder import REGIMES
+from tale_ray.errors import UsageError
 from tale_ray.search.driver import held_out_scope
 from tale_ray.store.reader import RunReader
+from tale_ray.tuning import loop
 from tale_ray.tuning.loop import Trainer
 
 SPLITS = "search=0.2,select=0.2,test=0.2,finetune=0.4"
@@ -145,7 +148,7 @@ def test_training_is_measured(study: Path, found: Any) -> None:
 
 
 def test_a_finished_study_is_shown_again_and_nothing_is_loaded(
-    study: Path, material: Material, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: Path, found: Any, material: Material, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tale_ray.cluster.worker.load_model", None)
     monkeypatch.setattr("tale_ray.model.load.load_model", None)
@@ -154,12 +157,38 @@ def test_a_finished_study_is_shown_again_and_nothing_is_loaded(
     assert outcome.code == 0, outcome.err
     for words in ("(TALE then FT) then TALE", "p (Holm)", "of the CPU time", f"study: {study}"):
         assert words in outcome.out
+    seconds, steps = (
+        [sum(each[model][name] for each in found["training"]) for model in ("pruned", "full")]
+        for name in ("seconds", "steps")
+    )
+    ratio = (seconds[0] / steps[0]) / (seconds[1] / steps[1])
+    assert f"all seeds: a step of the pruned models takes {ratio:.2f} of the time" in outcome.out
     assert "accuracy on test rows" in figure.read_text()
+
+
+def test_python_finds_what_the_command_does(
+    study: Path, found: Any, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tale_ray.model.load.load_model", None)  # the study is finished
+    names = [name.removeprefix("--").replace("-", "_") for name in FAST[::2]]
+    options = {**dict(zip(names, FAST[1::2], strict=True)), "splits": SPLITS, "epsilon": "0.2"}
+    given: dict[str, Any] = {**options, "model": material.model, "task": material.task}
+    assert tale_ray.synergy(study, **given, seeds=(0, 1)) == found
+    assert tale_ray.synergy(study, **given, seeds="0,1", regimes=("base", "ft")) == found
+    for wrong, words in (
+        ({"seeds": ()}, "seeds is empty"),
+        ({"seed": 3}, "seed 3 is not for a study of several: name it in seeds"),
+        ({"regimes": ("tael",)}, "regimes: 'tael' is not known"),
+        ({"pick": "best", "seeds": (0, 1)}, "another configuration"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            tale_ray.synergy(study, **given, **wrong)
 
 
 def drive(given: list[str]) -> None:
     """The command in a process of its own, which ends at once, as kill -9 ends it, in its second training."""
     own, models = Trainer._step, set()
+    loop.PAUSE = 0.0
 
     def dies(self: Trainer) -> float:
         loss = own(self)
@@ -211,8 +240,8 @@ def test_killed_in_the_middle_it_goes_on_at_the_stage_and_the_step(
     monkeypatch.setattr(Trainer, "_step", counted)
     outcome = command(*given)
     assert outcome.code == 0, outcome.err
-    assert "training goes on after step 3 of 10" in outcome.err
-    assert steps == list(range(3, 10)), "no training but the one that was killed, from its checkpoint"
+    assert "training goes on after step 4 of 10" in outcome.err
+    assert steps == list(range(4, 10)), "no training but the one that was killed, from the step that was lost"
     after = {path: path.stat().st_mtime_ns for path in before}
     assert after == before, "finished stages are not touched"
     assert list(decisions(folder)) == list(decisions(study))

@@ -1,5 +1,6 @@
 """What a model learns from, and the loop that teaches it: the loss is that of plain transformers and peft."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tale_ray.errors import ConfigError, StoreError, TaleRayError, TaskError
 from tale_ray.records import Example
 from tale_ray.tasks.prompts import encode_example
 from tale_ray.tasks.replies import TrainingRow, encode_training
+from tale_ray.tuning import loop
 from tale_ray.tuning.batches import IGNORED, make_batch, step_rows
 from tale_ray.tuning.checkpoint import read_checkpoint
 from tale_ray.tuning.job import TrainingJob, run_job
@@ -251,6 +253,17 @@ def test_the_best_weights_outlive_an_interruption_after_them(job: Callable[..., 
     assert resumed.progress.best_step == best
     for name, weight in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         assert torch.equal(weight, load_file(made.adapter / "adapter_model.safetensors")[name]), name
+
+
+@pytest.mark.parametrize(("pause", "steps"), [(math.inf, [0, 3, 6]), (0.0, [0, 1, 2, 3, 3, 4, 5, 6, 6])])
+def test_checkpoints_are_written_between_looks_where_they_take_little_time(
+    job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch, pause: float, steps: list[int]
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "PAUSE", pause)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda _folder, progress, _tensors: saved.append(progress.step))
+    list(run_job(job(steps=6, eval_every=3, patience=None)))
+    assert saved == steps
 
 
 def test_a_loss_that_is_no_number_ends_the_training(

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from tale_ray.attempt.evaluate import StoredIdentity
 from tale_ray.attempt.export import becoming, hub_id
@@ -43,6 +43,10 @@ class FinetuneConfig:
     expected: StoredIdentity = field(default_factory=StoredIdentity)  # what a run says of model and rows
     pick: str | None = None  # the result of that run
     dtype: TunedDType = "trained"  # of the merged checkpoint
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (known := get_args(TunedDType)):
+            raise ConfigError(f"merged dtype {self.dtype!r} is not known: choose one of {', '.join(known)}")
 
     @property
     def is_alone(self) -> bool:

@@ -12,6 +12,18 @@ from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 
 
+def conclude_study(folder: SynergyFolder) -> dict[str, Any]:
+    """Return what a finished study has found, as JSON values, and store it in its runs.
+
+    Raises:
+        LeaseHeld: another process writes to one of them.
+        StoreError: there is no study, a stage is not done, or a run cannot be written.
+    """
+    found = summarize_study(folder)
+    keep_summary(folder, found)
+    return {"study": str(folder.path), **found}
+
+
 def summarize_study(folder: SynergyFolder) -> dict[str, Any]:
     """Return what the stages of a study have come to, as JSON values.
 

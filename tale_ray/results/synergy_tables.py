@@ -1,6 +1,6 @@
 """What a study of pruning and fine-tuning has found, as tables and as a figure. Takes its summary, as JSON has it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ def synergy_table(found: Mapping[str, Any]) -> RenderableType:
     if found["comparisons"]:
         parts.append(_comparisons(found))
     parts += [Text(_training_text(each)) for each in found["training"]]
+    if len(found["training"]) > 1:
+        parts.append(Text(_all_trainings_text(found["training"])))
     return Group(*parts)
 
 
@@ -38,23 +40,28 @@ def _regimes(found: Mapping[str, Any]) -> Table:
         table.add_column(f"seed {seed}", justify="right")
     if len(seeds) > 1:
         table.add_column("mean", justify="right")
-    for name in ("parameters trained", "training"):
+    for name in ("parameters trained", "training, s"):
         table.add_column(name, justify="right")
     for regime in found["regimes"]:
         each = regime["seeds"]
         spread = regime["accuracy"]
         mean = [f"{percent(spread['mean'])} ± {100 * spread['standard_deviation']:.1f}"] if len(seeds) > 1 else []
-        trained = max(entry["trainable_parameters"] for entry in each)
-        seconds = [entry["training_seconds"] for entry in each]
+        is_trained = regime["regime"] not in ("base", "tale")
         table.add_row(
             TITLES[regime["regime"]],
             ", ".join(str(entry["num_layers"]) for entry in each),
             *(f"{percent(entry['accuracy'])} {interval_text(entry['interval'])}" for entry in each),
             *mean,
-            f"{trained:,}" if trained else "-",
-            ", ".join(f"{each:.1f} s" for each in seconds) if trained else "-",
+            _span([f"{entry['trainable_parameters']:,}" for entry in each]) if is_trained else "-",
+            _span([f"{entry['training_seconds']:.1f}" for entry in each]) if is_trained else "-",
         )
     return table
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """Return the lowest and the highest of some numbers, once if they are alike."""
+    low, high = (pick(numbers, key=lambda text: float(text.replace(",", ""))) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _comparisons(found: Mapping[str, Any]) -> Table:
@@ -85,6 +92,22 @@ def _training_text(each: Mapping[str, Any]) -> str:
         f"{each['seconds_per_step_ratio']:.2f} of the time, {each['cpu_seconds_per_step_ratio']:.2f} of the CPU time "
         f"({pruned['steps']} and {full['steps']} steps)"
     )
+
+
+def _all_trainings_text(trainings: Sequence[Mapping[str, Any]]) -> str:
+    """Return what all seeds took together: what a machine's other work did to one of them weighs less in it."""
+    clock, cpu = (
+        _mean(trainings, "pruned", name) / _mean(trainings, "full", name)
+        for name in ("seconds_per_step", "cpu_seconds_per_step")
+    )
+    return f"all seeds: a step of the pruned models takes {clock:.2f} of the time, {cpu:.2f} of the CPU time"
+
+
+def _mean(trainings: Sequence[Mapping[str, Any]], model: str, name: str) -> float:
+    """Return what a step took, of all steps of a model, full or pruned, with all seeds."""
+    steps = [each[model]["steps"] for each in trainings]
+    total = sum(each[model][name] * count for each, count in zip(trainings, steps, strict=True))
+    return float(total / sum(steps))
 
 
 def write_synergy_figure(found: Mapping[str, Any], path: Path) -> None:
