@@ -70,7 +70,12 @@ def long_unit(number: int, rows: int = NUM_ROWS) -> WorkUnit:
     return WorkUnit(number, "round-0001", "search", (), (0, 1, 2, 3), tuple(range(rows)))
 
 
-def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced(executor: Callable[..., Any], folder: Path) -> None:
+def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced(
+    executor: Callable[..., Any],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     ray = executor(folder, workers=1)
     ray.connect()
     ray.load()
@@ -95,7 +100,9 @@ def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced(executor: Callable[
         load_model(ModelSection(model=str(folder)), "float32"), long_unit(2, rows=1), ROWS, ANSWER, 100, None, "direct"
     )
     assert [each.answers for each in done.result.candidates] == [each.answers for each in direct.candidates]
+    wait_for(lambda: "Ray says: A worker died or was killed" in caplog.text, 20)
     ray.close()
+    assert capsys.readouterr().out == "", "Ray would print it among the results"
     wait_for(lambda: not workers_of_this_session("ray::WorkerActor"), 20)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray._private.worker as ray_worker
 from ray.exceptions import AuthenticationError
 from ray.experimental.internal_kv import _internal_kv_get
 
@@ -24,6 +25,7 @@ PATIENCE_SECONDS = 8.0  # with a head that does not answer; Ray ends this proces
 JOIN_SECONDS = 5.0  # for nodes of a young cluster to join
 CHECK_SECONDS = 2.0  # between two checks of the head
 _TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # about one try per second
+_PRINTS = "print_to_stdstream"  # how Ray's driver shows what it is told
 _AUTOSCALER_STATUS = b"__autoscaling_status"  # JSON, of the autoscaler's version 1
 _AUTOSCALER_V2 = b"__autoscaler_v2_enabled"
 
@@ -72,23 +74,45 @@ def connected(address: str | None) -> Iterator[Head]:
             "this process is connected to a Ray cluster already: call ray.shutdown() first, or run with local=True"
         )
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "error"}
+    with _messages_logged():
+        try:
+            if address is None:
+                ray.init(address="local", include_dashboard=False, **options)
+            else:
+                _check_listening(address)
+                with _few_tries():
+                    ray.init(address=address, **options)
+        except SystemExit as error:  # from here on Ray handles SIGTERM
+            raise Interrupted("SIGTERM was received") from error
+        except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+            raise _as_infeasible(error, address) from error
+        client = address is not None and address.startswith("ray://")
+        head = Head(str(address) if client else ray.get_runtime_context().gcs_address)
+        try:
+            yield head
+        finally:
+            ray.shutdown()  # ends a private cluster, only disconnects from another; takes 5 s when the head is gone
+
+
+@contextlib.contextmanager
+def _messages_logged() -> Iterator[None]:
+    """Let Ray's messages to its driver, of processes that died, become log lines: it prints them among the results.
+
+    No option of `ray.init` does that. Where this Ray has no such function any more, it prints as it likes.
+    """
+    own = getattr(ray_worker, _PRINTS, None)
+    if own is not None:
+        setattr(ray_worker, _PRINTS, _log_messages)
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **options)
-        else:
-            _check_listening(address)
-            with _few_tries():
-                ray.init(address=address, **options)
-    except SystemExit as error:  # from here on Ray handles SIGTERM
-        raise Interrupted("SIGTERM was received") from error
-    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
-        raise _as_infeasible(error, address) from error
-    client = address is not None and address.startswith("ray://")
-    head = Head(str(address) if client else ray.get_runtime_context().gcs_address)
-    try:
-        yield head
+        yield
     finally:
-        ray.shutdown()  # ends a private cluster, only disconnects from another; takes 5 s when the head is gone
+        if own is not None:
+            setattr(ray_worker, _PRINTS, own)
+
+
+def _log_messages(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+    for text in data["lines"]:
+        logger.warning("Ray says: %s", " ".join(str(text).split()))
 
 
 def _check_listening(address: str, timeout_seconds: float = CONNECT_SECONDS) -> None:

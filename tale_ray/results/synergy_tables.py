@@ -134,5 +134,5 @@ def write_synergy_figure(found: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(names)), [TITLES[name].replace(" then ", "\nthen ") for name in names])
     axes.set_ylabel("accuracy on test rows, %")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(len(found["seeds"]), 6), frameon=False)
     save_figure(figure, path)
