@@ -234,7 +234,11 @@ def test_information_is_shown_as_it_is_stored(run: Path, page: Page, tmp_path: P
     write_report_run(bare, how="interrupted")
     assert "Information about the label" not in report(bare, tmp_path)
     changes: dict[str, Any]
-    for changes in ({"full": []}, {"full": None}, {"entropy": 0.0}, {"controls": {}}, {"correlation": {}}):
+    for changes in (
+        *({"full": []}, {"full": None}, {"entropy": 0.0}, {"controls": {}}, {"correlation": {}}),
+        {"full": [{**point, "interval": []} for point in stored["full"]]},
+        {"correlation": {**stored["correlation"], "interval": None}},
+    ):
         with RunWriter.claim(str(bare)) as writer:
             writer.write_result("information", {**stored, **changes})
         broken = command("report", bare, "-o", tmp_path / "x.html")
