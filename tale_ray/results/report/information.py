@@ -1,7 +1,7 @@
 """What can be read of the label at every layer, as it is stored in a run: `results/information.json`.
 
-Read are `entropy`, `task`, `rows.count`, `controls`, `full`, `pruned`, `removed` and `correlation`; the rest is passed
-over. Information is in bits. Does not know how anything is measured or drawn.
+Read are `entropy`, `rows`, `labels`, `pick`, `round`, `removed`, `full`, `pruned`, `controls` and `correlation`; the
+rest is passed over. Information is in bits. Does not know how anything is measured or drawn.
 """
 
 import math
