@@ -1,4 +1,4 @@
-"""The command `finetune`: an adapter of low rank, trained on the finetune rows of a task and merged."""
+"""The command `finetune`: a low-rank adapter, trained on the finetune rows of a task and merged."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ tuning_options = with_options(
         "--eval-every",
         type=int,
         metavar="N",
-        help="Steps between two looks at the select rows, each with a checkpoint.  [default: a tenth of the steps]",
+        help="Steps between evaluations of the select rows, each with a checkpoint.  [default: a tenth of the steps]",
     ),
     click.option(
         "--patience",
@@ -85,7 +85,7 @@ tuning_options = with_options(
         metavar="N",
         default=_DEFAULTS.patience,
         show_default=True,
-        help="Looks without a lower loss that end the training; 0: none do.",
+        help="Evaluations without a lower loss that end the training; 0: none do.",
     ),
 )
 
@@ -128,7 +128,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model, or a pruned one, on the finetune rows of a task, and merge what it has learned.
 
-    Trains an adapter of low rank (LoRA) on the reference replies, stops by the loss on the select rows, and keeps the
+    Trains a low-rank adapter (LoRA) on the reference replies, stops by the loss on the select rows, and keeps the
     weights with the lowest. OUT gets the adapter and a checkpoint that plain transformers loads. The same command goes
     on with an unfinished training, and prints a finished one again. With --workers above 1 rows are shared through Ray.
     """

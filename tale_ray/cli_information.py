@@ -23,12 +23,11 @@ from tale_ray.cli_options import (
     working_memory_options,
 )
 from tale_ray.errors import ConfigError
-from tale_ray.output_file import check_file
+from tale_ray.output_file import check_figure
 from tale_ray.progress import Display
 from tale_ray.results.information_figure import write_information_figure
 from tale_ray.results.information_table import information_table
 from tale_ray.results.probe import FOLDS
-from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.results.tables import output_console
 
 
@@ -88,10 +87,7 @@ def information(
     if store and run is None:
         raise ConfigError("--store keeps the result in a run: name it, or leave the option out")
     if plot is not None:
-        check_file(plot, "--plot")
-        if plot.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--plot {plot} has no known ending: name a .png or .svg file")
-        check_matplotlib()
+        check_figure(plot, "--plot")
     with Display(Console(stderr=True)):
         values = run_information(*information_request(run, **given), run=run, pick=pick)
     if plot is not None:

@@ -6,12 +6,10 @@ from pathlib import Path
 import click
 
 from tale_ray.cli_options import data_root_option, json_option, with_options
-from tale_ray.errors import ConfigError
-from tale_ray.output_file import check_file
+from tale_ray.output_file import check_figure
 from tale_ray.report_file import write_report
 from tale_ray.results.compare import compare_runs
 from tale_ray.results.compare_tables import comparison_table, write_comparison_figure
-from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.results.tables import output_console
 
 
@@ -62,10 +60,7 @@ def compare(runs: tuple[str, ...], as_json: bool, figure: Path | None) -> None:
     whose answers to test rows are not stored are marked, with the command that scores them.
     """
     if figure is not None:
-        check_file(figure, "--figure")
-        if figure.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--figure {figure} has no known ending: name a .png or .svg file")
-        check_matplotlib()
+        check_figure(figure, "--figure")
     found = compare_runs(runs)
     if figure is not None:
         write_comparison_figure(found, figure)

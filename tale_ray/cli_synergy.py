@@ -24,11 +24,10 @@ from tale_ray.cli_options import (
     with_options,
 )
 from tale_ray.cli_shown import given
-from tale_ray.errors import ConfigError, Interrupted
+from tale_ray.errors import Interrupted
 from tale_ray.option_texts import splits_text
-from tale_ray.output_file import check_file
+from tale_ray.output_file import check_figure
 from tale_ray.progress import Display
-from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.results.synergy_tables import synergy_table, write_synergy_figure
 from tale_ray.results.tables import output_console
 from tale_ray.search.interruption import Interruption
@@ -80,10 +79,7 @@ def synergy(
     again.
     """
     if plot is not None:
-        check_file(plot, "--plot")
-        if plot.suffix not in (".png", ".svg"):
-            raise ConfigError(f"--plot {plot} has no known ending: name a .png or .svg file")
-        check_matplotlib()
+        check_figure(plot, "--plot")
     asked = synergy_request(study, seeds=seeds, regimes=regimes, pick=pick, **given(options))
     interruption = Interruption()
     limit = asked.config.storage.time_limit_seconds

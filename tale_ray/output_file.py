@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tale_ray.errors import ConfigError
+from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.store.documents import MANIFEST
 
 
@@ -31,6 +32,18 @@ def check_file(path: Path, option: str) -> None:
     check_place(path, option)
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a folder: name a file in it")
+
+
+def check_figure(path: Path, option: str) -> None:
+    """Refuse what `check_file` refuses, and a figure that is neither PNG nor SVG or cannot be drawn.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    check_file(path, option)
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"{option} {path} has no known ending: name a .png or .svg file")
+    check_matplotlib()
 
 
 def write_text(path: Path, text: str, option: str) -> None:

@@ -101,10 +101,16 @@ SYNERGY = {
         {
             "regime": name,
             "seeds": [
-                {"seed": 0, "correct": correct, "total": 200, "num_layers": layers, "trainable_parameters": parameters}
+                {
+                    **{"seed": 0, "correct": correct, "total": 200, "num_layers": layers},
+                    **{"trainable_parameters": parameters, "training_seconds": seconds},
+                }
             ],
         }
-        for name, correct, layers, parameters in (("base", 160, 12, 0), ("ft", 180, 12, 408_576))
+        for name, correct, layers, parameters, seconds in (
+            ("base", 160, 12, 0, 0.0),
+            ("ft", 180, 12, 408_576, 172.04),
+        )
     ],
     "comparisons": [
         {

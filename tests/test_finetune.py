@@ -95,7 +95,7 @@ def drive(arguments: list[str], pause: float) -> None:
 def test_killed_it_goes_on_from_its_checkpoint_with_the_same_weights(
     trained: Path, material: Material, tmp_path: Path, pause: float, step: int
 ) -> None:
-    """From the last look at the select rows where checkpoints take long, from the last step where they do not."""
+    """From the last evaluation of the select rows where checkpoints take long, from the last step where they do not."""
     out = tmp_path / "out"
     options = ["--model", material.model, "--task", material.task, "--splits", SPLITS, "--remove", "3,1"]
     arguments = ["finetune", *map(str, options), "--out", str(out), *map(str, FAST)]
@@ -196,6 +196,31 @@ def test_the_merged_checkpoint_is_standard_and_computes_what_was_trained(trained
     assert "**3, 1**" in card
     outcome = command("search", "--local", "--model", trained / "model", "--task", material.task, "--dry-run")
     assert outcome.code == 0, outcome.err
+
+
+def test_the_adapter_of_a_pruned_model_does_not_name_the_full_one(trained: Path, material: Material) -> None:
+    config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{material.model.name} without layers 3, 1"
+
+
+def test_float32_is_merged_without_rounding_to_the_dtype_of_the_training(material: Material, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dtypes = ("--dtype", "bfloat16", "--merged-dtype", "float32", "--alpha", 4)
+    outcome = tune(material, out, *dtypes, "--splits", "search=0.3,test=0.3,finetune=0.4")  # the last weights are kept
+    assert outcome.code == 0, outcome.err
+    name, trained = "model.layers.2.mlp.up_proj", adapters(out)
+    low, high = (trained[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
+    full = tf.AutoModelForCausalLM.from_pretrained(material.model, dtype=torch.bfloat16).get_submodule(name).weight
+    merged = tf.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).get_submodule(name).weight
+    torch.testing.assert_close(merged, full.float() + 2 * high @ low, atol=1e-7, rtol=1e-6)
+    assert not torch.equal(merged, merged.bfloat16().float())
+
+
+def test_demonstrations_come_before_scored_rows_only_and_it_is_said(material: Material, tmp_path: Path) -> None:
+    outcome = tune(material, tmp_path / "out", "--shots", 1)
+    assert outcome.code == 0, outcome.err
+    assert "finetune rows are learned without the demonstrations" in outcome.err
+    assert "--task T --shots 1 --splits" in outcome.out
 
 
 def test_the_record_says_what_was_done(trained: Path) -> None:

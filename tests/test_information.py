@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -173,7 +174,10 @@ def test_of_a_result_that_removes_nothing(run: Path) -> None:
 def prepared(targets: Sequence[str] = ("a", "b"), count: int = 60, **splits: int) -> PreparedRows:
     def rows(name: str, number: int) -> tuple[Example, ...]:
         digests = [hashlib.sha256(f"{name} {at}".encode()).hexdigest() for at in range(number)]
-        return tuple(Example(digest, (), "", targets[at % len(targets)]) for at, digest in enumerate(digests))
+        return tuple(
+            Example(digest, ({"role": "user", "content": digest},), "", targets[at % len(targets)])
+            for at, digest in enumerate(digests)
+        )
 
     examples: Any = {name: rows(name, splits.get(name, count)) for name in ("search", "select", "test")}
     filled = {name: found for name, found in examples.items() if found}
@@ -212,6 +216,15 @@ def test_rows_with_the_same_content_are_probed_once() -> None:
     found = probed_rows(twice, InformationOptions(), was_searched=True)
     assert (found.splits, found.repeated) == ({"select": 3, "test": 2}, 4)
     assert len({example.digest for example in found.examples}) == len(found.examples) == 5
+
+
+def test_rows_that_ask_the_same_are_probed_once_whatever_their_digests() -> None:
+    rows = prepared(select=3, test=2)
+    first = rows.examples["select"][0]
+    again = {**rows.examples, "test": (replace(first, digest="0" * 64), *rows.examples["test"])}
+    found = probed_rows(PreparedRows(rows.spec, again, ()), InformationOptions(), was_searched=True)
+    assert (found.splits, found.repeated) == ({"select": 3, "test": 2}, 1)
+    assert first in found.examples
 
 
 def test_some_of_the_rows_are_the_same_ones_whatever_their_order() -> None:

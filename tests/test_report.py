@@ -234,7 +234,11 @@ def test_information_is_shown_as_it_is_stored(run: Path, page: Page, tmp_path: P
     write_report_run(bare, how="interrupted")
     assert "Information about the label" not in report(bare, tmp_path)
     changes: dict[str, Any]
-    for changes in ({"full": []}, {"full": None}, {"entropy": 0.0}, {"controls": {}}, {"correlation": {}}):
+    for changes in (
+        *({"full": []}, {"full": None}, {"entropy": 0.0}, {"controls": {}}, {"correlation": {}}),
+        {"full": [{**point, "interval": []} for point in stored["full"]]},
+        {"correlation": {**stored["correlation"], "interval": None}},
+    ):
         with RunWriter.claim(str(bare)) as writer:
             writer.write_result("information", {**stored, **changes})
         broken = command("report", bare, "-o", tmp_path / "x.html")
@@ -243,10 +247,10 @@ def test_information_is_shown_as_it_is_stored(run: Path, page: Page, tmp_path: P
 
 
 def test_regimes_are_shown_as_they_are_stored(page: Page, tmp_path: Path) -> None:
-    head = page.rows.index(["regime", "seed", "layers", "accuracy", "parameters trained"])
+    head = page.rows.index(["regime", "seed", "layers", "accuracy", "parameters trained", "training, s"])
     assert page.rows[head + 1 : head + 3] == [
-        ["base", "0", "12", "80.0% [73.9, 85.0]", "–"],
-        ["FT", "0", "12", "90.0% [85.1, 93.4]", "408,576"],
+        ["base", "0", "12", "80.0% [73.9, 85.0]", "–", "–"],
+        ["FT", "0", "12", "90.0% [85.1, 93.4]", "408,576", "172.0"],
     ]
     assert row_of(page, "FT", "base") == ["FT", "base", "0", "+10.0 [+5.0, +15.0]", "24", "4", "<0.001"]
     assert "corrected by Holm for 1 comparison." in page.text

@@ -25,6 +25,7 @@ from tale_ray.records import Example
 from tale_ray.tasks.prompts import encode_example
 from tale_ray.tasks.replies import TrainingRow, encode_training
 from tale_ray.tuning import loop
+from tale_ray.tuning.adapter import merge_adapter
 from tale_ray.tuning.batches import IGNORED, make_batch, step_rows
 from tale_ray.tuning.checkpoint import read_checkpoint
 from tale_ray.tuning.job import TrainingJob, run_job
@@ -208,6 +209,17 @@ def test_families_learn_without_a_layer_and_nothing_but_the_adapter_changes(fami
     trained = load_file(made.adapter / "adapter_model.safetensors")
     left = len(loaded.layers.full) - 1
     assert not any(f".{left}." in name for name in trained), "the adapter is numbered as the pruned model is"
+    fresh, tokens = tiny_loaded(family), torch.arange(3, 30).reshape(1, -1)
+
+    def logits(found: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return found.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    with loaded.layers.without([1]), fresh.layers.without([1]):
+        plain = logits(fresh)
+        merge_adapter(fresh.model, made.adapter)
+        torch.testing.assert_close(logits(fresh), logits(loaded), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(logits(fresh), plain, atol=1e-3)
 
 
 def test_select_rows_decide_by_the_tokens_that_are_scored(job: Callable[..., TrainingJob]) -> None:
@@ -278,6 +290,36 @@ def test_a_loss_that_is_no_number_ends_the_training(
     monkeypatch.setattr(Trainer, "_loss_sum", broken)
     with pytest.raises(TaleRayError, match="the loss of step 1 is nan: training does not converge"):
         list(run_job(job(steps=4)))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(
+    job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Trainer._loss_sum
+
+    def overflowing(self: Trainer, batch: Any) -> Any:
+        loss, exact = own(self, batch)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss, exact
+
+    monkeypatch.setattr(Trainer, "_loss_sum", overflowing)
+    with pytest.raises(TaleRayError, match=r"the gradient's norm of step 1 is (inf|nan): training does not converge"):
+        list(run_job(job(steps=1)))
+
+
+def test_select_rows_whose_loss_is_no_number_end_the_training(
+    job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Trainer._loss_sum
+
+    def broken(self: Trainer, batch: Any) -> Any:
+        loss, exact = own(self, batch)
+        return (loss if loss.requires_grad or self.progress.step == 0 else loss * math.nan), exact
+
+    monkeypatch.setattr(Trainer, "_loss_sum", broken)
+    with pytest.raises(TaleRayError, match="the loss on select rows after step 1 is nan: training does not converge"):
+        list(run_job(job(steps=1)))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

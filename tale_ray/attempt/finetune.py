@@ -24,6 +24,7 @@ from tale_ray.cluster.machine import installed_versions
 from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, Interrupted
 from tale_ray.model.digest import digest_model, model_folder
+from tale_ray.results.tables import layers_text
 from tale_ray.results.tuned_card import tuned_card
 from tale_ray.search.interruption import Interruption
 from tale_ray.tasks.splits import digest_rows
@@ -190,7 +191,7 @@ def _train(
         dtype=config.dtype,
         removed=config.strategy.remove,
         model_digest=plan.model_digest,
-        base=model_name(config),
+        base=_base_name(config),
         examples=plan.prepared.finetune,
         select=plan.prepared.examples.get("select", ()),
         max_new_tokens=plan.prepared.spec.max_new_tokens,
@@ -272,6 +273,8 @@ def _merge(plan: FinetunePlan, folder: TrainingFolder, progress: Progress) -> tu
     shutil.rmtree(folder.model, ignore_errors=True)  # of one that was killed before it was recorded
 
     def change(model: Any) -> None:
+        if dtype == "float32":  # before it is merged: the sum is not rounded to the dtype of the training first
+            model.to(_torch_dtype(dtype))
         merge_adapter(model, folder.adapter)
         if dtype not in ("trained", trained):
             model.to(_torch_dtype(dtype))
@@ -295,6 +298,12 @@ def _torch_dtype(name: str) -> Any:
 def model_name(config: SearchConfig) -> str:
     """Return a model as people find it: the hub's id, or the name of its folder."""
     return hub_id(config.model, config.model) or Path(config.model.model).name
+
+
+def _base_name(config: SearchConfig) -> str:
+    """Return what an adapter is trained on; of a pruned model no name that peft would load the full one by."""
+    removed = config.strategy.remove
+    return model_name(config) + (f" without layers {layers_text(removed)}" if removed else "")
 
 
 def _new_record(plan: FinetunePlan) -> dict[str, Any]:

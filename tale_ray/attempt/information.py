@@ -28,6 +28,7 @@ from tale_ray.results.tables import count_text
 from tale_ray.search.history import History
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
+from tale_ray.tasks.shots import question_of
 
 logger = logging.getLogger("tale_ray.information")
 
@@ -60,11 +61,11 @@ class InformationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbedRows:
-    """The rows that are probed, each content once, and what was left out."""
+    """The rows that are probed, each question once, and what was left out."""
 
     examples: tuple[Example, ...]
     splits: dict[SplitName, int]  # rows by split
-    repeated: int  # rows left out as others have their content
+    repeated: int  # rows left out as others ask the same
     rare: dict[str, int]  # labels left out as they have too few rows
 
     @property
@@ -217,7 +218,9 @@ def store_information(run: str, values: dict[str, Any]) -> None:
 def probed_rows(
     prepared: PreparedRows, options: InformationOptions, *, was_searched: bool, num_shots: int = 0
 ) -> ProbedRows:
-    """Return the rows that are asked for, each content once: a row on both sides of a fold would be learned by heart.
+    """Return the rows that are asked for, each question once: on both sides of a fold it would be learned by heart.
+
+    Rows ask the same where an `id` or another column that is not asked differs, too.
 
     Raises:
         TaskError: the task has no labels, or a split has no rows.
@@ -248,7 +251,7 @@ def probed_rows(
     chosen: dict[str, tuple[SplitName, Example]] = {}
     for split in splits:
         for example in by_split[split]:
-            chosen.setdefault(example.digest, (split, example))
+            chosen.setdefault(question_of(example), (split, example))
     repeated = sum(len(by_split[split]) for split in splits) - len(chosen)
     kept = _first(list(chosen.values()), options.rows)
     rare = options.rule.rare_labels([example.target for _, example in kept]) if options.drop_rare_labels else {}

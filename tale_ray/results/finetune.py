@@ -16,6 +16,7 @@ def finetune_table(out: str, record: Mapping[str, Any]) -> RenderableType:
     """Return what was trained, how its loss went, what it took, and where it is."""
     seconds = record["seconds"]
     share = record["trainable_parameters"] / record["parameters"]
+    shots = f" --shots {record['identity']['shots']}" if record["identity"]["shots"] else ""
     parts: list[RenderableType] = [
         Text(f"{record['task']} on {trained_text(record)}"),
         Text(
@@ -33,7 +34,7 @@ def finetune_table(out: str, record: Mapping[str, Any]) -> RenderableType:
         ),
         Text(f"model: {out}/model, adapter: {out}/adapter"),
         Text(
-            f"score it with: tale-ray evaluate --local --model {shlex.quote(f'{out}/model')} --task T "
+            f"score it with: tale-ray evaluate --local --model {shlex.quote(f'{out}/model')} --task T{shots} "
             f"--splits {splits_text(record['splits'])} --seed {record['seed']}"
         ),
     ]

@@ -39,7 +39,7 @@ def _regimes(found: Mapping[str, Any]) -> Table:
     for seed in seeds:
         table.add_column(f"seed {seed}", justify="right")
     if len(seeds) > 1:
-        table.add_column("mean", justify="right")
+        table.add_column("mean ± SD", justify="right")
     for name in ("parameters trained", "training, s"):
         table.add_column(name, justify="right")
     for regime in found["regimes"]:

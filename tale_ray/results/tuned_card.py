@@ -31,7 +31,7 @@ def tuned_card(record: Mapping[str, Any], license: Mapping[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {record['model']}{without}, fine-tuned on {record['task']}",
         _cut(record),
-        f"An adapter of low rank (LoRA) was trained on {count_text(record['rows']['finetune']['count'], 'row')} of the "
+        f"A low-rank adapter (LoRA) was trained on {count_text(record['rows']['finetune']['count'], 'row')} of the "
         f"task `{record['task']}`, on their replies only, and merged into the weights, which are stored in "
         f"{record['merged']['dtype']}: {record['trainable_parameters']:,} parameters ({percent(share)} of "
         f"{record['parameters']:,}), on {', '.join(f'`{name}`' for name in record['adapted'])}.",

@@ -1,1 +1,1 @@
-"""What is trained: adapters of low rank on a task's rows, on a full model or on one without some of its layers."""
+"""What is trained: low-rank adapters on a task's rows, on a full model or on one without some of its layers."""

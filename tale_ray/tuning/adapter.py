@@ -1,4 +1,4 @@
-"""Adapters of low rank on a loaded model, through peft: put on, counted, saved, and merged into the weights.
+"""Low-rank adapters on a loaded model, through peft: put on, counted, saved, and merged into the weights.
 
 Only the linear layers inside the decoder's surviving layers get one; embeddings and the head stay as they are, so that
 tied embeddings stay tied, and gradients end at the first layer that has an adapter.

@@ -1,5 +1,6 @@
 """A training, whole: what it needs travels as plain values, so it can run in this process or in several elsewhere."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class TrainingJob:
     dtype: str
     removed: tuple[int, ...]
     model_digest: str | None  # None: of a hub's model, which is not known before it is loaded
-    base: str  # what people call the model
+    base: str  # what the adapter says that it is trained on
     examples: tuple[Example, ...]
     select: tuple[Example, ...]
     max_new_tokens: int  # of a reply that is scored
@@ -73,10 +74,11 @@ def run_job(job: TrainingJob, place: Place | None = None) -> Iterator[TrainingEv
             tuned.num_trainable,
             num_parameters,
         )
-        for event in trainer.run():
-            if isinstance(event, TrainingEnded) and place.rank == 0:
-                tuned.save(job.adapter)
-            yield event
+        with contextlib.closing(trainer.run()) as events:  # type: ignore[type-var]  # a generator: closing it stores
+            for event in events:
+                if isinstance(event, TrainingEnded) and place.rank == 0:
+                    tuned.save(job.adapter)
+                yield event
 
 
 def _encode(loaded: LoadedModel, examples: Sequence[Example]) -> tuple[TrainingRow, ...]:

@@ -84,7 +84,7 @@ class Trainer:
             tuned.parameters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=options.weight_decay
         )
         self._best = tuned.copy()
-        self._looked_at: int | None = None  # the step after which that was done
+        self._evaluated_at: int | None = None  # the step after which the select rows were, or would have been
         self._saved_at, self._save_seconds = -math.inf, 0.0
         self.progress = start
         self._restore()
@@ -95,11 +95,11 @@ class Trainer:
         Closing the generator stores everything that is done.
 
         Raises:
-            TaleRayError: the loss is no finite number any more.
+            TaleRayError: a loss or a gradient is not finite.
         """
         while self.progress.ended is None:
             if self._is_due():
-                event = self._look()
+                event = self._conclude()
                 if event is not None:
                     yield event
                 continue
@@ -117,15 +117,15 @@ class Trainer:
         yield TrainingEnded(self.progress)
 
     def _is_due(self) -> bool:
-        """Return whether the select rows are to be looked at before the next step."""
+        """Return whether the select rows are to be evaluated before the next step."""
         step = self.progress.step
         is_place = step in (0, self._steps) or step % self._options.eval_interval(self._steps) == 0
-        return is_place and step != self._looked_at
+        return is_place and step != self._evaluated_at
 
-    def _look(self) -> Evaluated | None:
-        """Look at the select rows, if there are any, decide whether to go on, and store everything."""
+    def _conclude(self) -> Evaluated | None:
+        """Evaluate the select rows, if there are any, decide whether to go on, and store everything."""
         step, patience = self.progress.step, self._options.patience
-        self._looked_at = step
+        self._evaluated_at = step
         event = self._evaluate() if self._select else None
         is_last = step == self._steps
         if is_last or (patience is not None and self.progress.num_stale >= patience):
@@ -151,12 +151,9 @@ class Trainer:
                 total += loss.detach()
         parameters = list(self._tuned.parameters.values())
         self._place.sum([total, *(_gradient(parameter) for parameter in parameters)])
-        if not total.isfinite():
-            raise TaleRayError(
-                f"the loss of step {number + 1} is {total.item()}: training does not converge; lower --learning-rate, "
-                "or choose --dtype float32 or bfloat16"
-            )
-        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        _check_finite(f"the loss of step {number + 1}", total)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        _check_finite(f"the gradient's norm of step {number + 1}", norm)
         for group in self._optimizer.param_groups:
             group["lr"] = options.rate(number, self._steps)
         self._optimizer.step()
@@ -172,7 +169,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluated:
-        """Look at the select rows, and remember the weights if they are the best so far."""
+        """Evaluate the select rows, and remember the weights if they are the best so far."""
         self._tuned.model.eval()
         found = torch.zeros(2, dtype=torch.float64, device=self._device)
         for first in range(0, len(self._select), self._options.batch_size):
@@ -180,6 +177,7 @@ class Trainer:
                 loss, exact = self._loss_sum(make_batch(own, self._device))
                 found += torch.tensor([loss.item(), exact], device=self._device)
         self._place.sum([found])
+        _check_finite(f"the loss on select rows after step {self.progress.step}", found[0])
         since = self.progress.evaluations[-1].step if self.progress.evaluations else 0
         recent = self.progress.losses[since:]
         evaluation = Evaluation(
@@ -237,7 +235,15 @@ class Trainer:
             }
         self.progress = replace(progress, facts=self.progress.facts)
         if progress.evaluations:
-            self._looked_at = progress.evaluations[-1].step
+            self._evaluated_at = progress.evaluations[-1].step
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    if not value.isfinite():
+        raise TaleRayError(
+            f"{name} is {value.item()}: training does not converge; lower --learning-rate, or choose "
+            "--dtype float32 or bfloat16"
+        )
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -77,7 +77,7 @@ class TuningOptions:
         return steps
 
     def eval_interval(self, steps: int) -> int:
-        """Return after how many steps each the select rows are looked at."""
+        """Return the number of steps between two evaluations of the select rows."""
         return self.eval_every or max(1, math.ceil(steps / EVALUATIONS))
 
     def rate(self, step: int, steps: int) -> float:

@@ -74,7 +74,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The select rows were looked at, and everything is stored."""
+    """The model was evaluated on the select rows, and everything is stored."""
 
     evaluation: Evaluation
 

@@ -1,7 +1,7 @@
 """What can be read of the label at every layer, as it is stored in a run: `results/information.json`.
 
-Read are `entropy`, `task`, `rows.count`, `controls`, `full`, `pruned`, `removed` and `correlation`; the rest is passed
-over. Information is in bits. Does not know how anything is measured or drawn.
+Read are `entropy`, `rows`, `labels`, `pick`, `round`, `removed`, `full`, `pruned`, `controls` and `correlation`; the
+rest is passed over. Information is in bits. Does not know how anything is measured or drawn.
 """
 
 import math
@@ -93,10 +93,14 @@ def stored_information(reader: RunReader) -> StoredInformation | None:
     check_fields(found["controls"], {"shuffled": list[float], "random": list[float]}, path, remedy)
     for point in (*found["full"], *(found["pruned"] or ())):
         check_fields(point, _POINT, path, remedy)
+        _check_ends(point["interval"], path, remedy)
     correlation: Any = found.get("correlation")
     if correlation is not None:
         check_fields({"correlation": correlation}, {"correlation": Mapping[str, Any]}, path, remedy)
         check_fields(correlation, _CORRELATION, path, remedy)
+        if correlation["spearman"] is not None:
+            check_fields(correlation, {"p_value": float, "interval": list[float]}, path, remedy)
+            _check_ends(correlation["interval"], path, remedy)
     full, pruned = (tuple(map(_place, found[side] or ())) for side in ("full", "pruned"))
     controls = [value for values in (found["controls"]["shuffled"], found["controls"]["random"]) for value in values]
     numbers = [found["entropy"], *controls, *(end for each in (*full, *pruned) for end in (each.low, each.high))]
@@ -116,6 +120,11 @@ def stored_information(reader: RunReader) -> StoredInformation | None:
     )
 
 
+def _check_ends(interval: list[float], path: str, remedy: str) -> None:
+    if len(interval) != 2:
+        raise StoreError(f"{path} was changed: an interval has two ends; {remedy}")
+
+
 def _place(point: Mapping[str, Any]) -> Place:
-    low, high = point["interval"][0], point["interval"][-1]
+    low, high = point["interval"]
     return Place(point["layer"], point["bits"], low, high, point["gain"], point["shuffled"])

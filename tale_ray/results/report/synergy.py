@@ -11,7 +11,7 @@ from tale_ray.store.documents import check_fields
 from tale_ray.store.reader import RunReader
 
 _REMEDY = "run the command `tale-ray synergy` of the study again, or delete it: no decision of the search depends on it"
-_SCORE = {"seed": int, "num_layers": int, "trainable_parameters": int}
+_SCORE = {"seed": int, "num_layers": int, "trainable_parameters": int, "training_seconds": float}
 _COMPARISON = {
     **{"first": str, "second": str, "seed": int, "difference": float, "difference_interval": list[float]},
     **{"wins": int, "losses": int, "p_value_holm": float},
@@ -27,6 +27,7 @@ class RegimeScore:
     num_layers: int
     accuracy: Accuracy
     trainable_parameters: int  # 0: nothing was trained
+    training_seconds: float  # in steps, wall clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ def _title(name: str, path: str) -> str:
 def _score(title: str, entry: Mapping[str, Any], path: str) -> RegimeScore:
     check_fields(entry, _SCORE, path, _REMEDY)
     accuracy = read_accuracy(entry, path, _REMEDY)
-    return RegimeScore(title, entry["seed"], entry["num_layers"], accuracy, entry["trainable_parameters"])
+    trained = (entry["trainable_parameters"], entry["training_seconds"])
+    return RegimeScore(title, entry["seed"], entry["num_layers"], accuracy, *trained)
 
 
 def _pair(entry: Mapping[str, Any], path: str) -> RegimePair:
