@@ -1,9 +1,11 @@
 """The command `finetune`: kills change nothing, what is written is standard, nonsense is refused."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,14 @@ from test_ray import workers_of_this_session
 from tuned import FAST, SPLITS, adapters, record, tune
 
 import tale_ray.model.load
-from tale_ray.config import ModelSection
-from tale_ray.errors import ConfigError
+from tale_ray.attempt.rows import prepare_rows
+from tale_ray.cluster.nodes import Nodes
+from tale_ray.cluster.train import check_room
+from tale_ray.config import ModelSection, ResourceSection, TaskSection
+from tale_ray.errors import ConfigError, InfeasibleError
 from tale_ray.model.load import load_model
+from tale_ray.option_texts import parse_splits
+from tale_ray.tasks.replies import encode_training
 from tale_ray.tuning import loop
 from tale_ray.tuning.checkpoint import read_checkpoint, read_progress
 from tale_ray.tuning.loop import Trainer
@@ -216,11 +223,18 @@ def test_float32_is_merged_without_rounding_to_the_dtype_of_the_training(materia
     assert not torch.equal(merged, merged.bfloat16().float())
 
 
-def test_demonstrations_come_before_scored_rows_only_and_it_is_said(material: Material, tmp_path: Path) -> None:
-    outcome = tune(material, tmp_path / "out", "--shots", 1)
-    assert outcome.code == 0, outcome.err
-    assert "finetune rows are learned without the demonstrations" in outcome.err
-    assert "--task T --shots 1 --splits" in outcome.out
+def test_demonstrations_come_before_learned_rows_as_before_scored_ones(material: Material, tmp_path: Path) -> None:
+    for shots in (0, 2):
+        outcome = tune(material, tmp_path / f"{shots}", "--shots", shots, "--steps", 3)
+        assert outcome.code == 0, outcome.err
+    assert "--task T --shots 2 --splits" in outcome.out
+    rows = prepare_rows(TaskSection(task=str(material.task), splits=parse_splits(SPLITS), shots=2))
+    assert len(rows.shots) == 2
+    assert all(example.demonstrations == rows.shots for example in (*rows.finetune, *rows.examples["test"]))
+    tokenizer = tiny_tokenizer()
+    shown = sum(len(encode_training(tokenizer, example, [0])) for example in rows.finetune)  # some end token
+    assert record(tmp_path / "2")["tokens"] == shown
+    assert shown > 2 * record(tmp_path / "0")["tokens"]
 
 
 def test_the_record_says_what_was_done(trained: Path) -> None:
@@ -388,6 +402,9 @@ def test_a_folder_of_something_else_is_refused(trained: Path, material: Material
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert "it holds letter.txt" in tune(material, tmp_path / "full").err
     assert "is in the run folder" in tune(material, run / "out").err
+    gone = Path(shutil.copytree(trained, tmp_path / "gone"))
+    shutil.rmtree(gone / "model")
+    assert "model is gone, though its training is finished: put back" in tune(material, gone, "--remove", "3,1").err
     (tmp_path / "file").write_text("")
     assert "is no folder" in tune(material, tmp_path / "file").err
     (tmp_path / "broken").mkdir()
@@ -405,6 +422,23 @@ def test_names_that_no_layer_has_are_refused(material: Material, tmp_path: Path)
 
 
 # Together.
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "is_elastic", "fits"),
+    [(2, 2, False, True), (3, 2, False, False), (6, 1, False, True), (7, 1, False, False), (3, 2, True, True)],
+)
+def test_all_processes_have_to_fit_node_by_node(
+    monkeypatch: pytest.MonkeyPatch, workers: int, cpus: int, is_elastic: bool, fits: bool
+) -> None:
+    """Two nodes of 3 CPUs hold two processes of 2 CPUs, though the cluster has 6."""
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 3.0}} for name in "ab"]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("tale_ray.cluster.train.has_autoscaler", lambda: is_elastic)
+    monkeypatch.setattr("tale_ray.cluster.train.describe_cluster", lambda: "the cluster has 6 CPUs")
+    resources = ResourceSection(workers=workers, cpus_per_worker=cpus)
+    with contextlib.nullcontext() if fits else pytest.raises(InfeasibleError, match="ask for fewer --workers"):
+        check_room(resources, Nodes(sees_drains=False))
 
 
 @pytest.mark.ray

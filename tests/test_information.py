@@ -198,8 +198,6 @@ def test_rows_that_the_search_has_seen_are_taken_only_if_that_is_said() -> None:
     assert probed_rows(prepared(), allowed, was_searched=True).splits == {"search": 60, "test": 60}
     tuned = InformationOptions(splits=("finetune",))
     assert probed_rows(prepared(finetune=55), tuned, was_searched=True).splits == {"finetune": 55}
-    with pytest.raises(TaskError, match="finetune is kept without demonstrations"):
-        probed_rows(prepared(finetune=55), tuned, was_searched=True, num_shots=5)
 
 
 def test_empty_splits_are_named() -> None:

@@ -96,7 +96,7 @@ def test_controls_are_about_nothing(rows: int, features: int) -> None:
     states = np.random.default_rng(1).normal(size=(rows, features)) + 5 * labels[:, None]
     entropy_ = entropy_bits(labels)
     assert read_labels(states, labels, ProbeRule()).bits(entropy_) > 0.9
-    found = [read_labels(states, shuffled(labels, 0, at), ProbeRule()).bits(entropy_) for at in range(5)]
+    found = [read_labels(states, shuffled(labels, 0, (0, at)), ProbeRule()).bits(entropy_) for at in range(5)]
     found += random_control(labels, features, ProbeRule())
     print(rows, features, [round(each, 4) for each in found])
     assert max(found) < 0.05
@@ -146,7 +146,8 @@ def test_the_same_seed_says_the_same() -> None:
     one, other = (read_labels(states, labels, ProbeRule(seed=5)).losses_n for _ in range(2))
     np.testing.assert_array_equal(one, other)
     assert not np.array_equal(one, read_labels(states, labels, ProbeRule(seed=6)).losses_n)
-    assert not np.array_equal(shuffled(labels, 0, 1), shuffled(labels, 0, 2))
+    orders = [tuple(shuffled(labels, 0, (model, at))) for model in range(2) for at in range(13)]
+    assert len(set(orders)) == len(orders)
     assert not np.array_equal(random_states(4, 3, 0, 1), random_states(4, 3, 0, 2))
 
 

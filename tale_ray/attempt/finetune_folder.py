@@ -86,6 +86,11 @@ class TrainingFolder:
                 f"--out {self.path} holds a training with another configuration; nothing was changed. Name another "
                 f"folder, or ask for what it has:\n  {told}"
             )
+        if stored["state"] == "finished" and not (self.model / "config.json").is_file():
+            raise StoreError(
+                f"{self.model} is gone, though its training is finished: put back a copy, or delete --out {self.path} "
+                "to train again"
+            )
         return stored
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -47,8 +47,6 @@ def trained_rows(prepared: PreparedRows, options: TuningOptions) -> PreparedRows
             f"all {len(rows)} finetune rows of task {name} have the reply {rows[0].reply!r}: a model would learn to "
             "say that whatever is asked; give rows with several answers"
         )
-    if prepared.shots:
-        notes = (*notes, "finetune rows are learned without the demonstrations that come before scored rows")
     if "select" not in prepared.examples:
         notes = (*notes, "there are no select rows to stop early by: the weights after the last step are kept")
     return replace(prepared, finetune=rows, notes=notes)

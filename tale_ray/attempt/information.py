@@ -145,7 +145,7 @@ def _asked(config: SearchConfig, options: InformationOptions, run: str | None, p
         history = stored_history(reader, reader.manifest())
         found_model(config.model, None, reader.uri)
     check_request(config)
-    probed = probed_rows(prepared, options, was_searched=reader is not None, num_shots=config.task.shots)
+    probed = probed_rows(prepared, options, was_searched=reader is not None)
     options.rule.check_labels(probed.labels)
     logger.info("task %s: %s", prepared.spec.name, _counted(probed))
     return _Asked(
@@ -215,9 +215,7 @@ def store_information(run: str, values: dict[str, Any]) -> None:
         writer.write_result(RESULT, values)
 
 
-def probed_rows(
-    prepared: PreparedRows, options: InformationOptions, *, was_searched: bool, num_shots: int = 0
-) -> ProbedRows:
+def probed_rows(prepared: PreparedRows, options: InformationOptions, *, was_searched: bool) -> ProbedRows:
     """Return the rows that are asked for, each question once: on both sides of a fold it would be learned by heart.
 
     Rows ask the same where an `id` or another column that is not asked differs, too.
@@ -243,10 +241,6 @@ def probed_rows(
         raise TaskError(
             f"split {empty[0]} of task {prepared.spec.name} is empty: its rows are {prepared.counts}; choose another "
             "with --split" + (", or search rows with --allow-search-rows" if was_searched else "")
-        )
-    if "finetune" in splits and num_shots:
-        raise TaskError(
-            "split finetune is kept without demonstrations, and the others are asked with them: leave it out"
         )
     chosen: dict[str, tuple[SplitName, Example]] = {}
     for split in splits:

@@ -23,6 +23,7 @@ from tale_ray.tasks.spec import TaskSpec, load_task
 from tale_ray.tasks.splits import rank, split_digests, split_rows
 
 SCORED_SPLITS: tuple[SplitName, ...] = ("search", "select", "test")
+_SHOWN_SPLITS: tuple[SplitName, ...] = (*SCORED_SPLITS, "finetune")  # whose rows have demonstrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,9 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
     if section.rows is not None:
         positions["search"] = _in_turns(spec, rows, positions["search"])[: section.rows]
     scored = {
-        split: _with_demonstrations(spec, [rows[position] for position in positions[split]], shots)
+        split: _with_demonstrations(
+            spec, _neighbours(spec, [rows[position] for position in positions[split]], shots), shots
+        )
         for split in SCORED_SPLITS
         if positions.get(split)
     }
@@ -97,7 +100,7 @@ def prepare_rows(section: TaskSection) -> PreparedRows:
         examples=scored,
         notes=tuple(notes),
         shots=tuple(example for group in sorted(shots) if group in used for example in shots[group]),
-        finetune=render_rows(spec, [rows[position] for position in positions.get("finetune", ())]),
+        finetune=_with_demonstrations(spec, [rows[position] for position in positions.get("finetune", ())], shots),
     )
 
 
@@ -154,7 +157,7 @@ def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -
         positions = split_rows(rows, section.shares, section.seed)
         asked = {question_of(examples[at]) for split, found in positions.items() if split != "shots" for at in found}
         candidates = [(groups[at], examples[at]) for at in positions["shots"]]
-        needed = {groups[at] for split in SCORED_SPLITS for at in positions.get(split, ())}
+        needed = {groups[at] for split in _SHOWN_SPLITS for at in positions.get(split, ())}
         note = None if spec.shots is None else "demonstrations are the shots share of the rows, as --splits asks for it"
         return _Demonstrations(choose_shots(candidates, needed, section.shots, asked), positions, note)
 
@@ -168,7 +171,7 @@ def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -
             check_asked_elsewhere(pool, {name: [examples[at] for at in found] for name, found in positions.items()})
         candidates = list(zip((_group(spec, row) for row in source), pool, strict=True))
         candidates.sort(key=lambda candidate: rank(section.seed, candidate[1].digest))
-        needed = {groups[at] for split in SCORED_SPLITS for at in positions.get(split, ())}
+        needed = {groups[at] for split in _SHOWN_SPLITS for at in positions.get(split, ())}
         note = f"{common} rows of {spec.shots} ask what rows of the task ask: none is a demonstration"
         return _Demonstrations(
             choose_shots(candidates, needed, section.shots, excluded), positions, note if common else None
@@ -190,18 +193,23 @@ def _demonstrations(spec: TaskSpec, section: TaskSection, rows: Sequence[Row]) -
     )
 
 
+def _neighbours(spec: TaskSpec, rows: Sequence[Row], shots: Mapping[Group, tuple[Example, ...]]) -> Sequence[Row]:
+    """Return the rows in an order in which those that share their demonstrations, and so a prefix, are neighbours."""
+    if not shots:
+        return rows
+    order = {group: number for number, group in enumerate(_groups(spec, rows))}
+    return sorted(rows, key=lambda row: order[_group(spec, row)])
+
+
 def _with_demonstrations(
     spec: TaskSpec, rows: Sequence[Row], shots: Mapping[Group, tuple[Example, ...]]
 ) -> tuple[Example, ...]:
-    """Return the rows as they are asked; those that share their demonstrations, and so a prefix, are neighbours."""
+    """Return the rows as they are asked."""
+    examples = render_rows(spec, rows)
     if not shots:
-        return render_rows(spec, rows)
-    order = {group: number for number, group in enumerate(_groups(spec, rows))}
-    ordered = sorted(rows, key=lambda row: order[_group(spec, row)])
-    examples = render_rows(spec, ordered)
+        return examples
     return tuple(
-        replace(example, demonstrations=shots[_group(spec, row)])
-        for row, example in zip(ordered, examples, strict=True)
+        replace(example, demonstrations=shots[_group(spec, row)]) for row, example in zip(rows, examples, strict=True)
     )
 
 

@@ -3,7 +3,9 @@
 Ray Train goes on silently with whatever a run of the same name has left, so the name has to say what is trained.
 """
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,19 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tale_ray.cluster.connection import check_feasible, connected, describe_cluster, describe_worker
+from tale_ray.cluster.connection import (
+    JOIN_SECONDS,
+    check_feasible,
+    connected,
+    describe_cluster,
+    describe_worker,
+    has_autoscaler,
+)
+from tale_ray.cluster.nodes import Nodes
 from tale_ray.config import ResourceSection
 from tale_ray.errors import InfeasibleError, TaleRayError, WorkersLost
+
+logger = logging.getLogger("tale_ray.cluster")
 
 POLL_SECONDS = 1.0
 RESTARTS = 2  # of all processes, after one of them died
@@ -36,9 +48,9 @@ def train_together(job: Any, part: Part, *, name: str, storage: Path, resources:
         TaleRayError: what one of the processes raised.
         WorkersLost: processes died again and again.
     """
-    with connected(resources.address):
+    with connected(resources.address) as head:
         check_feasible(resources)
-        _check_room(resources)
+        check_room(resources, Nodes(sees_drains=not head.address.startswith("ray://")))
         trainer = TorchTrainer(
             _run_part,
             train_loop_config={"job": job, "part": part},
@@ -84,16 +96,29 @@ def _run_part(given: dict[str, Any]) -> None:
     given["part"](given["job"], context.get_world_rank(), context.get_world_size())
 
 
-def _check_room(resources: ResourceSection) -> None:
-    """Refuse more processes than the whole cluster holds: Ray Train would wait for ever."""
-    have = ray.cluster_resources()
-    asked = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+def check_room(resources: ResourceSection, nodes: Nodes) -> None:
+    """Refuse more processes than the nodes can hold at once, unless an autoscaler may bring more.
+
+    Ray Train would wait for ever. Nodes of a young cluster may still be on their way: they are given a few seconds.
+
+    Raises:
+        InfeasibleError: says what is asked for and what there is.
+    """
     number = resources.workers or 1
-    if any(have.get(kind, 0) < number * amount for kind, amount in asked.items() if amount):
-        raise InfeasibleError(
-            f"{number} processes with {describe_worker(resources)} each are asked for, and {describe_cluster()}: all "
-            "have to be there at once; ask for fewer --workers"
-        )
+    deadline = time.monotonic() + (JOIN_SECONDS if resources.address else 0.0)
+    nodes.look()
+    while nodes.num_places(resources) < number and not has_autoscaler() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        nodes.look()
+    if (places := nodes.num_places(resources)) >= number:
+        return
+    if has_autoscaler():
+        logger.info("there is room for %d of %d processes; the cluster's autoscaler may bring more", places, number)
+        return
+    raise InfeasibleError(
+        f"{number} processes with {describe_worker(resources)} each are asked for, the nodes can hold {places} at "
+        f"once, and {describe_cluster()}: all have to be there at once; ask for fewer --workers"
+    )
 
 
 def _as_ours(error: BaseException) -> BaseException:

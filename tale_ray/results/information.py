@@ -58,7 +58,7 @@ def curve_json(
             "gain": added[at],
             "gain_interval": _ends(gains[at]),
             "accuracy": reading.correct / len(labels_n),
-            "shuffled": _control(states_knd[at], shuffled(labels_n, rule.seed, len(readings) * model + at), rule),
+            "shuffled": _control(states_knd[at], shuffled(labels_n, rule.seed, (model, at)), rule),
         }
         for at, reading in enumerate(readings)
     ]

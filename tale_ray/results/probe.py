@@ -196,14 +196,14 @@ def _losses(log_nc: np.ndarray, place_n: np.ndarray) -> np.ndarray:
 # Controls: what must come to about 0 bits.
 
 
-def shuffled(labels_n: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """Return the labels in an order that knows nothing of the rows, another one for every number."""
-    return np.random.default_rng([seed, number]).permutation(labels_n)
+def shuffled(labels_n: np.ndarray, seed: int, place: tuple[int, int]) -> np.ndarray:
+    """Return the labels in an order that knows nothing of the rows, another one for every place: model, boundary."""
+    return np.random.default_rng([seed, *place, 0]).permutation(labels_n)
 
 
 def random_states(num_rows: int, num_features: int, seed: int, number: int) -> np.ndarray:
     """Return representations (n, d) drawn from a standard normal distribution, others for every number."""
-    return np.random.default_rng([seed, number, 1]).standard_normal((num_rows, num_features), dtype=np.float32)
+    return np.random.default_rng([seed, number, 0, 1]).standard_normal((num_rows, num_features), dtype=np.float32)
 
 
 # Intervals.

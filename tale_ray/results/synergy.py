@@ -32,7 +32,7 @@ _RUNS |= {"tale-ft": "tale-ft-tale", "tale-ft-tale": "tale-ft-tale"}
 _TRAININGS = {"ft": "ft", "ft-tale": "ft", "tale-ft": "tale-ft", "tale-ft-tale": "tale-ft"}
 _PAIRS = (
     *((name, "base") for name in ("tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale")),
-    *(("tale-ft", "ft"), ("ft-tale", "ft"), ("tale-ft", "ft-tale"), ("tale-ft-tale", "tale-ft")),
+    *(("tale-ft", "tale"), ("tale-ft", "ft"), ("ft-tale", "ft"), ("tale-ft", "ft-tale"), ("tale-ft-tale", "tale-ft")),
 )
 
 

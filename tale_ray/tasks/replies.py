@@ -1,4 +1,4 @@
-"""A row as a model learns it: the prompt as the row would be scored, and the tokens that should come after it.
+"""A row as a model learns it: the prompt exactly as it would be scored, and the tokens that should come after it.
 
 This module does not import a tokenizer: it is handed one and only calls it.
 """

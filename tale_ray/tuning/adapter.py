@@ -1,7 +1,7 @@
 """Low-rank adapters on a loaded model, through peft: put on, counted, saved, and merged into the weights.
 
-Only the linear layers inside the decoder's surviving layers get one; embeddings and the head stay as they are, so that
-tied embeddings stay tied, and gradients end at the first layer that has an adapter.
+Only linear layers get one, those of the decoder's surviving layers (of some families, what projects their input and
+output, too); embeddings and the head stay as they are, so that tied embeddings stay tied.
 """
 
 import contextlib

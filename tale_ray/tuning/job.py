@@ -25,7 +25,7 @@ from tale_ray.tuning.records import Progress, TrainingBegun, TrainingEnded, Trai
 class TrainingJob:
     """What is trained, on what, and where it is kept. Every process that takes part reaches `folder`."""
 
-    digest: str  # of all that can change the weights
+    digest: str  # of all that can change the weights, but for how many processes draw the dropout
     section: ModelSection
     dtype: str
     removed: tuple[int, ...]
