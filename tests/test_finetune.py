@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,20 @@ def test_a_result_of_a_run_is_trained_on_the_rows_that_the_run_kept_apart(
     assert outcome.json["rows"]["finetune"] == stored["finetune"]
     other = tune(material, tmp_path / "other", "--run", run, "--model", material.other_model)
     assert other.code == 0, "another model is asked for"
+
+
+def test_the_model_of_a_run_has_to_be_the_one_that_was_searched(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(material.model, model)
+    assert material.search(run, "--splits", SPLITS, "--model", model, "--max-removed", 1).code == 0
+    shutil.copy(material.other_model / "model.safetensors", model)
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+    outcome = tune(material, tmp_path / "out", "--run", run)
+    assert outcome.code == 2
+    assert f"the model {model} is not the one that {run} was searched with" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 # Refusals.

@@ -119,6 +119,8 @@ def plan_finetune(asked: FinetuneConfig) -> FinetunePlan:
     check_request(config)
     folder = model_folder(config.model.model)
     model_digest = None if folder is None else digest_model(folder, config.model.gguf)
+    if model_digest is not None:
+        asked.expected.check_digest(model_digest, config.model.model)
     model = model_digest or f"{config.model.model}@{config.model.revision}"  # a hub's is not known before it is there
     out = str(Path(asked.out).expanduser().absolute())
     asked = replace(asked, config=config, out=out)
@@ -189,7 +191,7 @@ def _train(
         section=config.model,
         dtype=config.dtype,
         removed=config.strategy.remove,
-        model_digest=plan.model_digest,
+        model_digest=plan.model_digest or asked.expected.model.get("digest"),
         base=model_name(config),
         examples=plan.prepared.finetune,
         select=plan.prepared.examples.get("select", ()),
