@@ -86,7 +86,7 @@ def synergy(study: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     with interruption.on_signals(request.config.storage.time_limit_seconds):
         for _ in run_synergy(request, interruption):
             pass
-    return conclude_study(SynergyFolder(Path(study).expanduser().absolute()))
+    return conclude_study(SynergyFolder(Path(study).expanduser().absolute()), request.regimes)
 
 
 def synergy_request(

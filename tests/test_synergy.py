@@ -261,6 +261,17 @@ def test_fewer_regimes_need_fewer_stages_and_more_go_on(study: Path, material: M
     assert winners(folder / "seed-0" / "ft-tale") == winners(study / "seed-0" / "ft-tale")
 
 
+def test_fewer_regimes_are_told_of_though_more_were_begun(material: Material, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    assert command(*arguments(material, folder, "--regimes", "base,tale")).code == 0
+    values = json.loads((folder / "synergy.json").read_text())
+    (folder / "synergy.json").write_text(json.dumps({**values, "regimes": list(REGIMES)}))  # stopped after one stage
+    outcome = command(*arguments(material, folder, "--regimes", "base,tale", "--json"))
+    assert outcome.code == 0, outcome.err
+    assert [each["regime"] for each in outcome.json["regimes"]] == ["base", "tale"]
+    assert sorted(path.name for path in (folder / "seed-0").iterdir()) == ["tale"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
