@@ -14,9 +14,8 @@ from safetensors.torch import save
 
 from tale_ray.errors import StoreError
 from tale_ray.store.local import LocalFolder, make_token
-from tale_ray.tuning.records import Progress
+from tale_ray.tuning.records import CHECKPOINT, Progress
 
-CHECKPOINT = "checkpoint.safetensors"
 Tensors = Mapping[str, torch.Tensor]
 
 
