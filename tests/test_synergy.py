@@ -272,6 +272,12 @@ def test_fewer_regimes_are_told_of_though_more_were_begun(material: Material, tm
     assert sorted(path.name for path in (folder / "seed-0").iterdir()) == ["tale"]
 
 
+@pytest.mark.parametrize("regimes", [5, None, (1, 2)])
+def test_python_refuses_regimes_that_are_no_names(material: Material, tmp_path: Path, regimes: Any) -> None:
+    with pytest.raises(UsageError, match=r"regimes .* is no list of names"):
+        tale_ray.synergy(tmp_path, model=material.model, task=material.task, regimes=regimes)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -303,6 +309,8 @@ def test_another_configuration_is_refused(study: Path, material: Material, optio
         (["--plot", "figure.doc"], "has no known ending"),
         (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
         (["--epsilon", "2"], "epsilon '2' is out of range"),
+        (["--study", "s3://bucket/both"], "--study s3:/bucket/both is no local folder"),
+        (["--study", "~nobody-of-that-name/both"], "cannot be a folder"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_loaded_or_written(
@@ -323,3 +331,9 @@ def test_a_folder_of_something_else_is_refused(study: Path, material: Material, 
     moved = Path(shutil.copytree(study, tmp_path / "moved"))
     (moved / "synergy.json").write_text("{")
     assert "is truncated or was changed" in command(*arguments(material, moved, "--seeds", "0,1")).err
+    values = json.loads((study / "synergy.json").read_text())
+    for changed in ({"pick": "best"}, {"seeds": [0]}, {"seeds": None}, {"regimes": [{}]}, {"config": {}}):
+        (moved / "synergy.json").write_text(json.dumps({**values, **changed}))
+        outcome = command(*arguments(material, moved, "--seeds", "0,1"))
+        assert (outcome.code, outcome.out) == (2, ""), changed
+        assert "synergy.json was changed" in outcome.err
