@@ -30,7 +30,7 @@ from tale_ray.tuning.checkpoint import read_checkpoint, save_checkpoint
 from tale_ray.tuning.job import TrainingJob, run_job
 from tale_ray.tuning.loop import Place, Trainer
 from tale_ray.tuning.options import TuningOptions
-from tale_ray.tuning.records import Evaluated, StepDone, TrainingBegun, TrainingEnded
+from tale_ray.tuning.records import Evaluated, Progress, StepDone, TrainingBegun, TrainingEnded
 
 # What is learned.
 
@@ -319,6 +319,12 @@ def test_a_checkpoint_that_lacks_a_weight_is_named(job: Callable[..., TrainingJo
     save_checkpoint(job().folder, progress, {name: each for name, each in tensors.items() if "best/" not in name})
     with pytest.raises(StoreError, match=r"the checkpoint in .* was changed"):
         list(run_job(job(steps=4)))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(TaleRayError, match=r"cannot be written .*: make room, and run the same command again"):
+        save_checkpoint(tmp_path / "state", Progress(digest=""), {})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
