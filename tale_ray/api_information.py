@@ -1,6 +1,7 @@
 """The Python API of what layers know of a label: the same as the command `information`."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from tale_ray.api import make_config, resumed_config
@@ -22,6 +23,8 @@ def information(run: str | os.PathLike[str] | None = None, pick: str | int = "be
         UsageError: the request cannot be met.
     """
     uri = None if run is None else os.fspath(run)
+    if uri is None and pick != "best":
+        raise ConfigError(f"pick {pick!r} is a result of a run: name the run too, or the layers in remove instead")
     return run_information(*information_request(uri, **options), run=uri, pick=str(pick))
 
 
@@ -33,6 +36,8 @@ def information_request(run: str | None = None, **options: Any) -> tuple[SearchC
     """
     split: Any = options.pop("split", None)
     splits: Any = split.split(",") if isinstance(split, str) else split
+    if not isinstance(splits, Iterable | None):
+        raise ConfigError(f"split {split!r} is no list of splits: write it like select,test")
     asked = InformationOptions(
         splits=None if splits is None else tuple(splits),
         rows=options.pop("rows", None),

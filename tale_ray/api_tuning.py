@@ -13,7 +13,7 @@ from tale_ray.attempt.synergy_folder import REGIMES, SynergyFolder
 from tale_ray.attempt.synergy_result import conclude_study
 from tale_ray.errors import ConfigError
 from tale_ray.option_texts import check_seeds, parse_seeds
-from tale_ray.output_file import check_place
+from tale_ray.output_file import check_place, local_folder
 from tale_ray.search.interruption import Interruption
 from tale_ray.tuning.options import TUNED_SPLITS, TuningOptions
 
@@ -57,13 +57,13 @@ def finetune_request(
     adapter = _taken(options)
     if run is None:
         options.setdefault("splits", TUNED_SPLITS)
+    place = local_folder(out, "--out")
     config, expected = evaluated_config(run, None if pick is None else str(pick), **_placed(options))
-    check_place(Path(out), "--out")
     seed = config.task.seed if training_seed is None else training_seed
     return FinetuneConfig(
         config=config,
         options=_tuning(adapter, seed),
-        out=os.fspath(out),
+        out=str(place),
         expected=expected,
         pick=None if run is None else str(pick or "best"),
         dtype=merged_dtype,
@@ -86,7 +86,7 @@ def synergy(study: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     with interruption.on_signals(request.config.storage.time_limit_seconds):
         for _ in run_synergy(request, interruption):
             pass
-    return conclude_study(SynergyFolder(Path(study).expanduser().absolute()))
+    return conclude_study(SynergyFolder(Path(request.study)), request.regimes)
 
 
 def synergy_request(
@@ -102,7 +102,8 @@ def synergy_request(
     Raises:
         UsageError: an option is missing or unknown, or a value breaks a rule.
     """
-    check_place(Path(study) / "seed-0", "--study")
+    place = local_folder(study, "--study")
+    check_place(place / "seed-0", "--study")
     adapter = _taken(options)
     options.setdefault("splits", TUNED_SPLITS)
     if isinstance(seeds, str):
@@ -115,11 +116,18 @@ def synergy_request(
     return SynergyConfig(
         config=config,
         options=_tuning(adapter, chosen[0]),
-        study=os.fspath(study),
+        study=str(place),
         seeds=chosen,
-        regimes=parse_regimes(regimes if isinstance(regimes, str) else ",".join(regimes)),
+        regimes=parse_regimes(regimes if isinstance(regimes, str) else _joined(regimes)),
         pick=pick,
     )
+
+
+def _joined(regimes: Any) -> str:
+    found = [*regimes] if isinstance(regimes, Iterable) else [regimes]
+    if any(not isinstance(name, str) for name in found):
+        raise ConfigError(f"regimes {regimes!r} is no list of names: write it like base,tale")
+    return ",".join(found)
 
 
 def _taken(options: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def _tuning(given: Mapping[str, Any], seed: int) -> TuningOptions:
     names = values.get("target_modules")
     if isinstance(names, str):
         values["target_modules"] = tuple(part.strip() for part in names.split(","))
-    elif names is not None:
+    elif isinstance(names, Iterable):
         values["target_modules"] = tuple(names)
     if values.get("patience") == 0:
         values["patience"] = None
@@ -146,7 +154,8 @@ def _placed(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an address is given, and nothing is to run there.
     """
-    if (options.get("workers") or 1) > 1:
+    workers = options.get("workers")
+    if workers is not None and (not isinstance(workers, int) or workers > 1):  # what is no number is refused there
         return options
     if options.get("address"):
         raise ConfigError(

@@ -90,11 +90,11 @@ def information(
         check_figure(plot, "--plot")
     with Display(Console(stderr=True)):
         values = run_information(*information_request(run, **given), run=run, pick=pick)
-    if plot is not None:
-        write_information_figure(values, plot)
     if as_json:
         click.echo(json.dumps(values, indent=2, ensure_ascii=False))
     else:
         output_console().print(information_table(values), soft_wrap=True)
     if run is not None and store:
         store_information(run, values)
+    if plot is not None:
+        write_information_figure(values, plot)

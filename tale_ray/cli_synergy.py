@@ -89,7 +89,7 @@ def synergy(
                 display.show(event)
         except Interrupted as error:
             raise resumable(error) from error
-    found = conclude_study(SynergyFolder(Path(asked.study).expanduser().absolute()))
+    found = conclude_study(SynergyFolder(Path(asked.study)), asked.regimes)
     if plot is not None:
         write_synergy_figure(found, plot)
     if as_json:

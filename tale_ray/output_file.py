@@ -1,10 +1,29 @@
 """Files that a command writes for people: where they may lie, and how they are written."""
 
+import os
 from pathlib import Path
 
 from tale_ray.errors import ConfigError
 from tale_ray.results.report.plots import check_matplotlib
 from tale_ray.store.documents import MANIFEST
+
+
+def local_folder(text: str | os.PathLike[str], option: str) -> Path:
+    """Return the absolute path of a local folder that is there, or can be made.
+
+    Raises:
+        ConfigError: it is an address, no folder can be there, or it is in a run folder.
+    """
+    name = os.fspath(text)
+    if ":/" in name:  # of an address that was made a path, one slash is left
+        raise ConfigError(f"{option} {name} is no local folder, and models are loaded from those: give one, and copy")
+    try:
+        place = Path(name).expanduser().absolute()
+        place.exists()  # fails on what can be no name
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the ~ of nobody
+        raise ConfigError(f"{option} {name} cannot be a folder ({error}): give another one") from None
+    check_place(place, option)
+    return place
 
 
 def check_place(path: Path, option: str) -> None:
@@ -13,7 +32,15 @@ def check_place(path: Path, option: str) -> None:
     Raises:
         ConfigError: says which, and what to do.
     """
+    try:
+        is_there = path.exists()  # fails on what can be no name
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error}): name another place") from None
     for folder in path.absolute().parents:
+        if folder.is_dir() and not is_there:
+            is_there = True
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise ConfigError(f"{option} {path}: {folder} cannot be written to; name another place")
         if (folder / MANIFEST).is_file():
             raise ConfigError(
                 f"{option} {path} is in the run folder {folder}, which would then be refused as changed: name a place "

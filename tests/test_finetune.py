@@ -160,6 +160,10 @@ def test_python_trains_as_the_command_does(trained: Path, material: Material, tm
     ("options", "words"),
     [
         ({"rank": True}, "rank True is not of the right kind"),
+        ({"target_modules": 5}, "target modules 5 is not of the right kind"),
+        ({"workers": "2"}, "workers '2' is not a whole number"),
+        ({"training_seed": 2**64}, "seed 18446744073709551616 is out of range: torch takes seeds of 64 bits"),
+        ({"epochs": 1e308}, "epochs 1e\\+308 is out of range: that is more than 1e\\+12 steps"),
         ({"target_modules": ()}, "target modules '' are no list of layers"),
         ({"target_modules": ("q_proj", 3)}, "target modules .* is not of the right kind"),
         ({"merged_dtype": "int8"}, "merged dtype 'int8' is not known: choose one of trained, float32"),
@@ -314,6 +318,20 @@ def test_a_result_of_a_run_is_trained_on_the_rows_that_the_run_kept_apart(
     assert other.code == 0, "another model is asked for"
 
 
+def test_the_model_of_a_run_has_to_be_the_one_that_was_searched(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(material.model, model)
+    assert material.search(run, "--splits", SPLITS, "--model", model, "--max-removed", 1).code == 0
+    shutil.copy(material.other_model / "model.safetensors", model)
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+    outcome = tune(material, tmp_path / "out", "--run", run)
+    assert outcome.code == 2
+    assert f"the model {model} is not the one that {run} was searched with" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 # Refusals.
 
 
@@ -402,14 +420,72 @@ def test_a_folder_of_something_else_is_refused(trained: Path, material: Material
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert "it holds letter.txt" in tune(material, tmp_path / "full").err
     assert "is in the run folder" in tune(material, run / "out").err
-    gone = Path(shutil.copytree(trained, tmp_path / "gone"))
-    shutil.rmtree(gone / "model")
-    assert "model is gone, though its training is finished: put back" in tune(material, gone, "--remove", "3,1").err
     (tmp_path / "file").write_text("")
     assert "is no folder" in tune(material, tmp_path / "file").err
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "finetune.json").write_text("{")
     assert "is truncated or was changed" in tune(material, tmp_path / "broken").err
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("s3://bucket/tuned", "--out s3:/bucket/tuned is no local folder"),
+        ("~nobody-of-that-name/tuned", "cannot be a folder"),
+        ("a" * 300, "cannot be a folder"),
+        ("/proc/nothing/tuned", "cannot be written"),
+    ],
+)
+def test_what_can_be_no_folder_is_refused(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+    outcome = tune(material, out)  # type: ignore[arg-type]  # as it is typed
+    assert (outcome.code, outcome.out) == (2, ""), outcome
+    assert words in outcome.err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_finished_training_that_was_changed_is_refused(
+    trained: Path, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+
+    def refusal(path: Path) -> str:
+        outcome = tune(material, path, "--remove", "3,1")
+        assert (outcome.code, outcome.out) == (2, ""), outcome
+        return outcome.err
+
+    for name in ("model", "adapter"):
+        folder = Path(shutil.copytree(trained, tmp_path / f"without-{name}"))
+        shutil.rmtree(folder / name)
+        assert f"{folder / name} is gone" in refusal(folder)
+    folder = Path(shutil.copytree(trained, tmp_path / "other"))
+    shutil.copy(material.other_model / "model.safetensors", folder / "model")
+    assert "is not what was merged there" in refusal(folder)
+    for changed in ({"state": "odd"}, {"kept_step": None}, {"seconds": {}}, {"rows": {}}):
+        (folder / "finetune.json").write_text(json.dumps({**record(trained), **changed}))
+        assert "finetune.json was changed" in refusal(folder)
+
+
+def test_what_was_refused_with_its_model_leaves_the_folder_free(material: Material, tmp_path: Path) -> None:
+    assert tune(material, tmp_path / "out", "--target-modules", "q_prj").code == 2
+    outcome = tune(material, tmp_path / "out", "--target-modules", "q_proj")
+    assert outcome.code == 0, outcome.err
+    other = tune(material, tmp_path / "out", "--target-modules", "v_proj")
+    assert "holds a training with another configuration" in other.err
+
+
+def test_a_damaged_checkpoint_is_refused_before_a_model_is_loaded(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tune(material, tmp_path / "out", "--target-modules", "q_prj").code == 2
+    (tmp_path / "out" / "state" / "checkpoint.safetensors").write_bytes(b"torn")
+    monkeypatch.setattr(tale_ray.model.load, "load_model", None)
+    outcome = tune(material, tmp_path / "out", "--target-modules", "q_prj")
+    assert outcome.code == 2
+    assert "checkpoint.safetensors is damaged" in outcome.err
 
 
 def test_names_that_no_layer_has_are_refused(material: Material, tmp_path: Path) -> None:

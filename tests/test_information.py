@@ -149,6 +149,18 @@ def test_the_result_is_kept_and_reported_if_that_is_asked_for(run: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_figure_that_cannot_be_written_loses_nothing(
+    run: Path, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tale_ray.cli_information.run_information", lambda *_, **__: found)
+    kept = Path(shutil.copytree(run, tmp_path / "run"))
+    outcome = command("information", kept, "--store", "--json", "--plot", "/proc/nothing/depth.svg")
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.err
+    assert outcome.json == found
+    assert (kept / "results" / "information.json").is_file()
+
+
 def test_of_a_model_without_a_run(found: Any) -> None:
     options = ("--splits", SPLITS, "--remove", "2", "--split", "select,test", "--json")
     outcome = command("information", "--model", "bundled", *TASK, *options)
@@ -314,6 +326,8 @@ def no_model_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--folds", "2"], "folds 2 are too few: there are at least 3"),
         (["--folds", "80"], "and 80 folds need at least 80 of every label"),
         (["--probe-seed", "-1"], "probe seed -1 is negative"),
+        (["--probe-seed", str(2**32)], "probe seed 4294967296 is too large"),
+        (["--plot", "a" * 300 + ".svg"], "cannot be written"),
         (["--pick", "wrst"], "pick 'wrst' is not a result of"),
         (["--task", "boolean_synthetic"], "task 'boolean_synthetic' is given with a run, which has its own"),
         (["--shots", "2"], "shots 2 is given with a run"),
@@ -346,6 +360,23 @@ def test_refusals_without_a_run(options: list[str], words: str) -> None:
     outcome = command("information", *options)
     assert (outcome.code, outcome.out) == (2, ""), outcome
     assert words in outcome.err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"folds": "5"}, "folds '5' is not a whole number"),
+        ({"probe_seed": 1.5}, "seed 1.5 is not a whole number"),
+        ({"rows": 60.5}, "rows 60.5 is not a whole number"),
+        ({"split": 5}, "split 5 is no list of splits"),
+        ({"drop_rare_labels": "no"}, "drop rare labels 'no' is neither true nor false"),
+        ({"pick": "selected"}, "pick 'selected' is a result of a run"),
+    ],
+)
+def test_python_refuses_nonsense(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tale_ray.information(model="bundled", task="boolean_synthetic", **options)
 
 
 ONE_TOKEN = "max_new_tokens: 1"

@@ -112,7 +112,7 @@ def test_comparisons_are_exact_and_paired(study: Path, found: Any) -> None:
     assert (entry["wins"], entry["losses"]) == (wins, losses)
     assert entry["p_value"] == pytest.approx(binomtest(wins, wins + losses).pvalue if wins + losses else 1.0)
     p_values = [each["p_value"] for each in found["comparisons"]]
-    assert len(p_values) == 18
+    assert len(p_values) == 20
     expected = multipletests(p_values, method="holm")[1]
     assert [each["p_value_holm"] for each in found["comparisons"]] == pytest.approx(list(expected))
 
@@ -261,6 +261,23 @@ def test_fewer_regimes_need_fewer_stages_and_more_go_on(study: Path, material: M
     assert winners(folder / "seed-0" / "ft-tale") == winners(study / "seed-0" / "ft-tale")
 
 
+def test_fewer_regimes_are_told_of_though_more_were_begun(material: Material, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    assert command(*arguments(material, folder, "--regimes", "base,tale")).code == 0
+    values = json.loads((folder / "synergy.json").read_text())
+    (folder / "synergy.json").write_text(json.dumps({**values, "regimes": list(REGIMES)}))  # stopped after one stage
+    outcome = command(*arguments(material, folder, "--regimes", "base,tale", "--json"))
+    assert outcome.code == 0, outcome.err
+    assert [each["regime"] for each in outcome.json["regimes"]] == ["base", "tale"]
+    assert sorted(path.name for path in (folder / "seed-0").iterdir()) == ["tale"]
+
+
+@pytest.mark.parametrize("regimes", [5, None, (1, 2)])
+def test_python_refuses_regimes_that_are_no_names(material: Material, tmp_path: Path, regimes: Any) -> None:
+    with pytest.raises(UsageError, match=r"regimes .* is no list of names"):
+        tale_ray.synergy(tmp_path, model=material.model, task=material.task, regimes=regimes)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -292,6 +309,8 @@ def test_another_configuration_is_refused(study: Path, material: Material, optio
         (["--plot", "figure.doc"], "has no known ending"),
         (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
         (["--epsilon", "2"], "epsilon '2' is out of range"),
+        (["--study", "s3://bucket/both"], "--study s3:/bucket/both is no local folder"),
+        (["--study", "~nobody-of-that-name/both"], "cannot be a folder"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_loaded_or_written(
@@ -312,3 +331,9 @@ def test_a_folder_of_something_else_is_refused(study: Path, material: Material, 
     moved = Path(shutil.copytree(study, tmp_path / "moved"))
     (moved / "synergy.json").write_text("{")
     assert "is truncated or was changed" in command(*arguments(material, moved, "--seeds", "0,1")).err
+    values = json.loads((study / "synergy.json").read_text())
+    for changed in ({"pick": "best"}, {"seeds": [0]}, {"seeds": None}, {"regimes": [{}]}, {"config": {}}):
+        (moved / "synergy.json").write_text(json.dumps({**values, **changed}))
+        outcome = command(*arguments(material, moved, "--seeds", "0,1"))
+        assert (outcome.code, outcome.out) == (2, ""), changed
+        assert "synergy.json was changed" in outcome.err

@@ -27,11 +27,11 @@ from tale_ray.tasks.replies import TrainingRow, encode_training
 from tale_ray.tuning import loop
 from tale_ray.tuning.adapter import merge_adapter
 from tale_ray.tuning.batches import IGNORED, make_batch, step_rows
-from tale_ray.tuning.checkpoint import read_checkpoint
+from tale_ray.tuning.checkpoint import read_checkpoint, save_checkpoint
 from tale_ray.tuning.job import TrainingJob, run_job
 from tale_ray.tuning.loop import Place, Trainer
 from tale_ray.tuning.options import TuningOptions
-from tale_ray.tuning.records import Evaluated, StepDone, TrainingBegun, TrainingEnded
+from tale_ray.tuning.records import Evaluated, Progress, StepDone, TrainingBegun, TrainingEnded
 
 # What is learned.
 
@@ -320,6 +320,39 @@ def test_select_rows_whose_loss_is_no_number_end_the_training(
     monkeypatch.setattr(Trainer, "_loss_sum", broken)
     with pytest.raises(TaleRayError, match="the loss on select rows after step 1 is nan: training does not converge"):
         list(run_job(job(steps=1)))
+
+
+def test_weights_that_are_no_numbers_end_a_training_without_select_rows(
+    job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Trainer._step
+
+    def broken(self: Trainer) -> float:
+        loss = own(self)
+        next(iter(self._tuned.parameters.values())).data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "_step", broken)
+    with pytest.raises(TaleRayError, match="a weight after step 1 is no finite number"):
+        list(run_job(replace(job(steps=1), select=())))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_named(job: Callable[..., TrainingJob]) -> None:
+    events = run_job(job(steps=4))
+    while not isinstance(next(events), StepDone):
+        pass
+    events.close()  # type: ignore[attr-defined]  # a generator
+    progress, tensors = read_checkpoint(job().folder)
+    assert progress is not None
+    save_checkpoint(job().folder, progress, {name: each for name, each in tensors.items() if "best/" not in name})
+    with pytest.raises(StoreError, match=r"the checkpoint in .* was changed"):
+        list(run_job(job(steps=4)))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(TaleRayError, match=r"cannot be written .*: make room, and run the same command again"):
+        save_checkpoint(tmp_path / "state", Progress(digest=""), {})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -73,18 +73,26 @@ class StoredIdentity:
                     f"(SHA-256 {stored[:12]}, now {digest[:12]}); restore its data{way_out if self.may_differ else ''}"
                 )
 
+    def check_digest(self, digest: str, model: str) -> None:
+        """Refuse another model, which need not be loaded for it.
+
+        Raises:
+            StoreError: the message names both.
+        """
+        if (stored := self.model.get("digest", digest)) != digest:
+            way_out = "name it with --model to score it as it is" if self.may_differ else "say with --model where it is"
+            raise StoreError(
+                f"the model {model} is not the one that {self.run} was searched with "
+                f"(SHA-256 {stored[:12]}, now {digest[:12]}); restore it, or {way_out}"
+            )
+
     def check_model(self, info: ModelInfo, model: str) -> None:
         """Refuse another model, or the same one in another dtype.
 
         Raises:
             StoreError: the message names what differs.
         """
-        if (stored := self.model.get("digest", info.digest)) != info.digest:
-            way_out = "name it with --model to score it as it is" if self.may_differ else "say with --model where it is"
-            raise StoreError(
-                f"the model {model} is not the one that {self.run} was searched with "
-                f"(SHA-256 {stored[:12]}, now {info.digest[:12]}); restore it, or {way_out}"
-            )
+        self.check_digest(info.digest, model)
         if (stored := self.model.get("dtype", info.dtype)) != info.dtype:
             raise StoreError(
                 f"the model would be scored in {info.dtype}, and {self.run} was searched in {stored}: ask for one of "

@@ -40,7 +40,7 @@ class FinetuneConfig:
 
     config: SearchConfig  # model, layers that it does without, rows and resources
     options: TuningOptions
-    out: str
+    out: str  # absolute
     expected: StoredIdentity = field(default_factory=StoredIdentity)  # what a run says of model and rows
     pick: str | None = None  # the result of that run
     dtype: TunedDType = "trained"  # of the merged checkpoint
@@ -111,8 +111,6 @@ def plan_finetune(asked: FinetuneConfig) -> FinetunePlan:
             f"batch size {asked.options.batch_size} is less than the {workers} workers that share its rows: raise "
             "--batch-size, or ask for fewer --workers"
         )
-    if "://" in asked.out:
-        raise ConfigError(f"--out {asked.out} is no local folder, and models are loaded from those: give one, and copy")
     prepared = prepare_rows(config.task)
     asked.expected.check_task(prepared)
     prepared = trained_rows(prepared, asked.options)
@@ -120,9 +118,10 @@ def plan_finetune(asked: FinetuneConfig) -> FinetunePlan:
     check_request(config)
     folder = model_folder(config.model.model)
     model_digest = None if folder is None else digest_model(folder, config.model.gguf)
+    if model_digest is not None:
+        asked.expected.check_digest(model_digest, config.model.model)
     model = model_digest or f"{config.model.model}@{config.model.revision}"  # a hub's is not known before it is there
-    out = str(Path(asked.out).expanduser().absolute())
-    asked = replace(asked, config=config, out=out)
+    asked = replace(asked, config=config)
     return FinetunePlan(asked, prepared, _identity(asked, prepared, model), model_digest)
 
 
@@ -159,10 +158,17 @@ def run_finetune(asked: FinetuneConfig, interruption: Interruption) -> Iterator[
     folder = TrainingFolder(Path(asked.out))
     stored = folder.check(plan.identity)
     if stored is not None and stored["state"] == "finished":
+        with interruption.breakable():
+            folder.check_model(stored)
         yield TrainingOpened(asked.out, is_finished=True)
         yield Finetuned(asked.out, stored)
         return
     with folder.held():
+        stored = folder.check(plan.identity)  # another process may have been here
+        if stored is not None and stored["state"] == "finished":
+            yield Finetuned(asked.out, stored)
+            return
+        _check_checkpoint(folder)
         record = stored or _new_record(plan)
         folder.write(record)
         yield TrainingOpened(asked.out, is_finished=False)
@@ -175,6 +181,17 @@ def run_finetune(asked: FinetuneConfig, interruption: Interruption) -> Iterator[
         folder.write(record)
         folder.clean()
     yield Finetuned(asked.out, record)
+
+
+def _check_checkpoint(folder: TrainingFolder) -> None:
+    """Refuse a damaged checkpoint before a model is loaded for it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    from tale_ray.tuning.checkpoint import read_progress  # torch is wanted in this process only now
+
+    read_progress(folder.state)
 
 
 def _train(
@@ -190,7 +207,7 @@ def _train(
         section=config.model,
         dtype=config.dtype,
         removed=config.strategy.remove,
-        model_digest=plan.model_digest,
+        model_digest=plan.model_digest or asked.expected.model.get("digest"),
         base=_base_name(config),
         examples=plan.prepared.finetune,
         select=plan.prepared.examples.get("select", ()),
@@ -284,6 +301,7 @@ def _merge(plan: FinetunePlan, folder: TrainingFolder, progress: Progress) -> tu
             config.model, config.strategy.remove, place, digest=plan.model_digest, dtype=trained, change=change
         )
         facts = {"dtype": written.dtype, "num_parameters": written.num_parameters, "code_files": [*written.code_files]}
+        facts["digest"] = digest_model(place, None)
         record = _finished_record(plan, _new_record(plan), progress, facts)
         (place / "README.md").write_text(tuned_card(record, written.license), encoding="utf-8")
     return ModelMerged(str(folder.model), written.num_parameters), facts

@@ -1,5 +1,6 @@
 """Which rows a model may be trained on: enough of them, of more than one answer, and none that is scored."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -44,8 +45,8 @@ def trained_rows(prepared: PreparedRows, options: TuningOptions) -> PreparedRows
         )
     if len({example.reply for example in rows}) == 1:
         raise TaskError(
-            f"all {len(rows)} finetune rows of task {name} have the reply {rows[0].reply!r}: a model would learn to "
-            "say that whatever is asked; give rows with several answers"
+            f"all {len(rows)} finetune rows of task {name} have the reply {reprlib.repr(rows[0].reply)}: a model would "
+            "learn to say that whatever is asked; give rows with several answers"
         )
     if "select" not in prepared.examples:
         notes = (*notes, "there are no select rows to stop early by: the weights after the last step are kept")

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from tale_ray.annotations import fits
 from tale_ray.attempt.evaluate import picked_round, stored_identity
 from tale_ray.attempt.export import found_model, hub_id
 from tale_ray.attempt.identity import check_same_model, with_absolute_paths
@@ -48,6 +49,11 @@ class InformationOptions:
     rule: ProbeRule = field(default_factory=ProbeRule)
 
     def __post_init__(self) -> None:
+        if not fits(self.rows, int | None):
+            raise ConfigError(f"rows {self.rows!r} is not a whole number: write one")
+        for name in ("allow_search_rows", "drop_rare_labels"):
+            if not fits(value := getattr(self, name), bool):
+                raise ConfigError(f"{name.replace('_', ' ')} {value!r} is neither true nor false: write one of them")
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"rows {self.rows} are too few: leave the option out to use all rows of the splits")
         known = [split for split in get_args(SplitName) if split != "shots"]

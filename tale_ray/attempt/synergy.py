@@ -30,7 +30,7 @@ class SynergyConfig:
 
     config: SearchConfig  # of its searches, but for model, seed and folder
     options: TuningOptions  # of its trainings, but for the seed
-    study: str
+    study: str  # absolute
     seeds: tuple[int, ...] = (0,)
     regimes: tuple[Regime, ...] = REGIMES
     pick: str = "selected"  # the result of a search that is gone on with, and reported
@@ -122,11 +122,7 @@ def plan_synergy(asked: SynergyConfig) -> tuple[SynergyConfig, Mapping[str, Any]
     Raises:
         UsageError: the request cannot be met, or the folder holds something else.
     """
-    if "://" in asked.study:
-        raise ConfigError(f"--study {asked.study} is no local folder, and models are loaded from those: give one")
-    asked = replace(
-        asked, config=with_absolute_paths(asked.config), study=str(Path(asked.study).expanduser().absolute())
-    )
+    asked = replace(asked, config=with_absolute_paths(asked.config))
     folder = SynergyFolder(Path(asked.study))
     identity: dict[str, Any] = {"seeds": list(asked.seeds), "pick": asked.pick}
     for seed in asked.seeds:

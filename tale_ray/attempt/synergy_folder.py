@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tale_ray.attempt.identity import differences
+from tale_ray.config import SearchConfig
 from tale_ray.errors import ConfigError, StoreError
-from tale_ray.store.documents import dump_json, parse_json
+from tale_ray.store.documents import check_fields, dump_json, parse_json
 from tale_ray.store.local import LocalFolder, make_token
 
 Regime: TypeAlias = Literal["base", "tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale"]
@@ -28,6 +29,13 @@ Stage: TypeAlias = Literal["tale", "ft", "ft-tale", "tale-ft", "tale-ft-tale"]
 
 REGIMES: tuple[Regime, ...] = ("base", "tale", "ft", "tale-ft", "ft-tale", "tale-ft-tale")
 STUDY_FILE = "synergy.json"
+_KINDS: Mapping[str, Any] = {
+    "identity": Mapping[str, Any],
+    "seeds": list[int],
+    "pick": str,
+    "regimes": list[Regime],
+    "config": Mapping[str, Any],
+}
 _SEED = re.compile(r"seed--?\d+")
 
 
@@ -52,8 +60,13 @@ class SynergyFolder:
             return None
         remedy = "put back a copy, or delete it and run the command again: stages are not repeated"
         found = parse_json(path.read_bytes(), str(path), remedy)
-        if not isinstance(found.get("identity"), dict) or not isinstance(found.get("regimes"), list):
-            raise StoreError(f"{path} was changed: it does not say what the study is; {remedy}")
+        check_fields(found, _KINDS, str(path), remedy)
+        if any(found[name] != found["identity"].get(name) for name in ("seeds", "pick")):
+            raise StoreError(f"{path} was changed: it names two kinds of seeds, or of results; {remedy}")
+        try:
+            SearchConfig.from_json(found["config"])
+        except ConfigError as error:
+            raise StoreError(f"{path} was changed: config: {error}; {remedy}") from error
         return found
 
     def check(self, identity: Mapping[str, Any]) -> None:

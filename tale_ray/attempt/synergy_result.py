@@ -5,30 +5,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from tale_ray.attempt.finetune_folder import TrainingFolder
-from tale_ray.attempt.synergy_folder import SynergyFolder
+from tale_ray.attempt.synergy_folder import REGIMES, Regime, SynergyFolder
 from tale_ray.errors import StoreError
 from tale_ray.results.synergy import RESULT, SEARCHES, summarize_synergy
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 
 
-def conclude_study(folder: SynergyFolder) -> dict[str, Any]:
-    """Return what a finished study has found, as JSON values, and store it in its runs.
+def conclude_study(folder: SynergyFolder, asked: Sequence[Regime] = REGIMES) -> dict[str, Any]:
+    """Return what a study has found, as JSON values, and store it in its runs.
+
+    Regimes of the study that are not asked for are told of if their stages are done.
 
     Raises:
         LeaseHeld: another process writes to one of them.
         StoreError: there is no study, a stage is not done, or a run cannot be written.
     """
-    found = summarize_study(folder)
+    found = summarize_study(folder, asked)
     keep_summary(folder, found)
     return {"study": str(folder.path), **found}
 
 
-def summarize_study(folder: SynergyFolder) -> dict[str, Any]:
-    """Return what the stages of a study have come to, as JSON values.
+def summarize_study(folder: SynergyFolder, asked: Sequence[Regime] = REGIMES) -> dict[str, Any]:
+    """Return what the stages of a study have come to, as JSON values; of regimes not asked for, if they are done.
 
     Raises:
-        StoreError: there is no study, a stage is not done, or is of other rows than the others.
+        StoreError: there is no study, a stage that is asked for is not done, or is of other rows than the others.
     """
     study = folder.stored()
     if study is None:
@@ -41,7 +43,7 @@ def summarize_study(folder: SynergyFolder) -> dict[str, Any]:
             raise StoreError(f"{place} is not trained to its end: run the command again to go on")
         return found
 
-    found = summarize_synergy(study, lambda seed, stage: str(folder.stage(seed, stage)), record)  # type: ignore[arg-type]
+    found = summarize_synergy(study, lambda seed, stage: str(folder.stage(seed, stage)), record, asked)  # type: ignore[arg-type]
     values: dict[str, Any] = json.loads(json.dumps(found))  # as it is read again
     return values
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tale_ray.annotations import fits
 from tale_ray.errors import ConfigError
 from tale_ray.results.statistics import CONFIDENCE, Interval
 
@@ -53,10 +54,15 @@ class ProbeRule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("folds", "seed"):
+            if not fits(getattr(self, name), int):
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not a whole number: write one")
         if self.folds < LEAST_FOLDS:
             raise ConfigError(f"folds {self.folds} are too few: there are at least {LEAST_FOLDS}; {FOLDS} are usual")
         if self.seed < 0:
             raise ConfigError(f"probe seed {self.seed} is negative: it is at least 0")
+        if self.seed >= 2**32:
+            raise ConfigError(f"probe seed {self.seed} is too large: scikit-learn takes seeds of 32 bits; lower it")
 
     @property
     def least_of_a_label(self) -> int:

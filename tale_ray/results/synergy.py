@@ -4,7 +4,8 @@ Every accuracy has its Wilson interval, every comparison is the exact McNemar te
 for all comparisons of the study. Seeds split the same rows anew: their test rows overlap, so nothing is pooled.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,20 +46,28 @@ class _Scored:
 
 
 def summarize_synergy(
-    study: Mapping[str, Any], place: Callable[[int, str], str], record: Callable[[int, str], Mapping[str, Any]]
+    study: Mapping[str, Any],
+    place: Callable[[int, str], str],
+    record: Callable[[int, str], Mapping[str, Any]],
+    asked: Collection[str],
 ) -> dict[str, Any]:
-    """Return what a finished study has found, as JSON values.
+    """Return what a study has found, as JSON values.
 
     Args:
         study: what its folder says of it.
         place: where the run of a seed and a stage is.
         record: what is stored of the training of a seed and a stage.
+        asked: the regimes that have to be done; others of the study are left out where they are not.
 
     Raises:
-        StoreError: a stage is not done, or is of other rows than the others.
+        StoreError: a stage that is asked for is not done, or one is of other rows than the others.
     """
-    seeds, regimes = study["seeds"], study["regimes"]
-    scored = {(name, seed): _score(name, seed, study["pick"], place, record) for seed in seeds for name in regimes}
+    seeds = study["seeds"]
+    scored: dict[tuple[str, int], _Scored] = {}
+    for name in study["regimes"]:
+        with contextlib.nullcontext() if name in asked else contextlib.suppress(StoreError):
+            scored |= {(name, seed): _score(name, seed, study["pick"], place, record) for seed in seeds}
+    regimes = [name for name in study["regimes"] if (name, seeds[0]) in scored]
     comparisons = []
     for one, other in _PAIRS:
         for seed in seeds:

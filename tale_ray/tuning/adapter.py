@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tale_ray.errors import ConfigError
+from tale_ray.errors import ConfigError, TaleRayError
 from tale_ray.tuning.options import ALL_LINEAR, TuningOptions
 
 _OWN_DOINGS = (
@@ -113,12 +113,17 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     """Add a saved adapter to the weights of the model that it was trained on, in place.
 
     Raises:
-        ValueError: the adapter holds numbers that are not finite.
+        TaleRayError: a weight would not be a finite number.
     """
     from peft import PeftModel
 
-    with _quiet():
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    try:
+        with _quiet():
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise TaleRayError(
+            f"the adapter cannot be merged ({error}): it has grown too large; train with a lower --learning-rate"
+        ) from error
     assert merged is model, "layers are put back where they were"
 
 

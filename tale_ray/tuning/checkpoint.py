@@ -12,20 +12,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tale_ray.errors import StoreError
+from tale_ray.errors import StoreError, TaleRayError
 from tale_ray.store.local import LocalFolder, make_token
-from tale_ray.tuning.records import Progress
+from tale_ray.tuning.records import CHECKPOINT, Progress
 
-CHECKPOINT = "checkpoint.safetensors"
 Tensors = Mapping[str, torch.Tensor]
 
 
 def save_checkpoint(folder: Path, progress: Progress, tensors: Tensors) -> None:
-    """Write progress and weights, in place of what was there."""
+    """Write progress and weights, in place of what was there.
+
+    Raises:
+        TaleRayError: they cannot be written; what was there stays.
+    """
     data = save(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, {"progress": json.dumps(progress.to_json())}
     )
-    LocalFolder(folder, make_token()).put(CHECKPOINT, data, lambda: None)
+    try:
+        LocalFolder(folder, make_token()).put(CHECKPOINT, data, lambda: None)
+    except OSError as error:
+        raise TaleRayError(
+            f"{folder / CHECKPOINT} cannot be written ({error}): make room, and run the same command again to go on "
+            "from the checkpoint before"
+        ) from error
 
 
 def read_progress(folder: Path) -> Progress | None:

@@ -10,7 +10,7 @@ Axes: B rows of a batch, T tokens, V vocabulary.
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from tale_ray.errors import TaleRayError
+from tale_ray.errors import StoreError, TaleRayError
 from tale_ray.tasks.replies import TrainingRow
 from tale_ray.tuning.adapter import TunedModel
 from tale_ray.tuning.batches import IGNORED, Batch, count_reply_tokens, make_batch, step_rows, step_seed
@@ -113,6 +113,8 @@ class Trainer:
                 raise
         if self._select:
             self._tuned.restore(self._best)
+        elif not all(parameter.isfinite().all() for parameter in self._tuned.parameters.values()):
+            raise _diverged(f"a weight after step {self.progress.step} is no finite number")
         self._tuned.model.eval()
         yield TrainingEnded(self.progress)
 
@@ -222,28 +224,41 @@ class Trainer:
         progress, tensors = read_checkpoint(self._folder)
         if progress is None or progress.digest != self.progress.digest:
             return
+        try:
+            self._restore_tensors(tensors)
+        except (KeyError, RuntimeError) as error:  # of torch, where shapes differ
+            raise StoreError(
+                f"the checkpoint in {self._folder} was changed ({error}): delete it to train from the beginning, or "
+                "put back a copy"
+            ) from error
+        self.progress = replace(progress, facts=self.progress.facts)
+        if progress.evaluations:
+            self._evaluated_at = progress.evaluations[-1].step
+
+    def _restore_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         self._tuned.restore(parts.pop("now"))
-        self._best = parts.pop("best")
+        best = parts.pop("best")
+        self._best = {name: best[name] for name in self._tuned.parameters}
         for name, parameter in self._tuned.parameters.items():
             state = {key: values[name] for key, values in parts.items()}
             self._optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(self._device) for key, value in state.items()
             }
-        self.progress = replace(progress, facts=self.progress.facts)
-        if progress.evaluations:
-            self._evaluated_at = progress.evaluations[-1].step
 
 
 def _check_finite(name: str, value: torch.Tensor) -> None:
     if not value.isfinite():
-        raise TaleRayError(
-            f"{name} is {value.item()}: training does not converge; lower --learning-rate, or choose "
-            "--dtype float32 or bfloat16"
-        )
+        raise _diverged(f"{name} is {value.item()}")
+
+
+def _diverged(what: str) -> TaleRayError:
+    return TaleRayError(
+        f"{what}: training does not converge; lower --learning-rate, or choose --dtype float32 or bfloat16"
+    )
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

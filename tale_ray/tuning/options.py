@@ -16,6 +16,7 @@ ALL_LINEAR = "all-linear"
 MIN_ROWS = 16
 EVALUATIONS = 10  # of select rows, where it is not said how often
 WARMUP_SHARE = 0.1
+_MOST_STEPS = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,7 @@ class TuningOptions:
         self._check("dropout", lambda value: 0 <= value < 1, "it is a share from 0 to below 1")
         self._check("weight_decay", lambda value: 0 <= value <= 1, "it is from 0 to 1")
         self._check("warmup_steps", lambda value: value >= 0, "it is at least 0")
+        self._check("seed", lambda value: -(2**63) <= value < 2**64, "torch takes seeds of 64 bits")
         if self.steps is not None:
             self._check_within(self.steps)
         self._check_targets()
@@ -72,7 +74,11 @@ class TuningOptions:
         Raises:
             ConfigError: warm-up or evaluations do not fit into them.
         """
-        steps = self.steps if self.steps is not None else max(1, math.ceil(self.epochs * num_rows / self.rows_per_step))
+        steps = self.steps
+        if steps is None:
+            asked = self.epochs * num_rows / self.rows_per_step
+            self._check("epochs", lambda _: asked < _MOST_STEPS, f"that is more than {_MOST_STEPS:.0e} steps")
+            steps = max(1, math.ceil(asked))
         self._check_within(steps)
         return steps
 

@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 from tale_ray.records import ModelInfo
 
+CHECKPOINT = "checkpoint.safetensors"  # its file
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
