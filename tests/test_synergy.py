@@ -270,6 +270,11 @@ def test_fewer_regimes_are_told_of_though_more_were_begun(material: Material, tm
     assert outcome.code == 0, outcome.err
     assert [each["regime"] for each in outcome.json["regimes"]] == ["base", "tale"]
     assert sorted(path.name for path in (folder / "seed-0").iterdir()) == ["tale"]
+    outcome = command(*arguments(material, folder, "--regimes", "base,ft", "--json"))
+    assert outcome.code == 0, outcome.err
+    assert [each["regime"] for each in outcome.json["regimes"]] == ["base", "tale", "ft"], (
+        "of ft-tale only ft is scored"
+    )
 
 
 @pytest.mark.parametrize("regimes", [5, None, (1, 2)])

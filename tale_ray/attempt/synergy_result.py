@@ -7,7 +7,7 @@ from typing import Any
 from tale_ray.attempt.finetune_folder import TrainingFolder
 from tale_ray.attempt.synergy_folder import REGIMES, Regime, SynergyFolder
 from tale_ray.errors import StoreError
-from tale_ray.results.synergy import RESULT, SEARCHES, summarize_synergy
+from tale_ray.results.synergy import RESULT, SEARCHES, StageNotDone, summarize_synergy
 from tale_ray.store.reader import RunReader
 from tale_ray.store.run import RunWriter
 
@@ -40,7 +40,7 @@ def summarize_study(folder: SynergyFolder, asked: Sequence[Regime] = REGIMES) ->
         place = folder.stage(seed, stage)
         found = TrainingFolder(place).record()
         if found is None or found["state"] != "finished":
-            raise StoreError(f"{place} is not trained to its end: run the command again to go on")
+            raise StageNotDone(f"{place} is not trained to its end: run the command again to go on")
         return found
 
     found = summarize_synergy(study, lambda seed, stage: str(folder.stage(seed, stage)), record, asked)  # type: ignore[arg-type]

@@ -37,6 +37,10 @@ _PAIRS = (
 )
 
 
+class StageNotDone(StoreError):
+    """A stage of the study has not begun or not ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Scored:
     """A regime with one seed."""
@@ -60,13 +64,14 @@ def summarize_synergy(
         asked: the regimes that have to be done; others of the study are left out where they are not.
 
     Raises:
-        StoreError: a stage that is asked for is not done, or one is of other rows than the others.
+        StageNotDone: a stage that is asked for is not done.
+        StoreError: a file is damaged, or a stage is of other rows than the others.
     """
     seeds = study["seeds"]
     scored: dict[tuple[str, int], _Scored] = {}
     for name in study["regimes"]:
-        with contextlib.nullcontext() if name in asked else contextlib.suppress(StoreError):
-            scored |= {(name, seed): _score(name, seed, study["pick"], place, record) for seed in seeds}
+        with contextlib.nullcontext() if name in asked else contextlib.suppress(StageNotDone):
+            scored |= {(name, seed): _score(name, seed, study, place, record) for seed in seeds}
     regimes = [name for name in study["regimes"] if (name, seeds[0]) in scored]
     comparisons = []
     for one, other in _PAIRS:
@@ -99,18 +104,22 @@ def summarize_synergy(
 def _score(
     name: str,
     seed: int,
-    pick: str,
+    study: Mapping[str, Any],
     place: Callable[[int, str], str],
     record: Callable[[int, str], Mapping[str, Any]],
 ) -> _Scored:
     """Return how a regime does with a seed, from the run that has scored it."""
     uri = place(seed, _RUNS[name])
     reader = RunReader(uri)
+    if not reader.exists():
+        raise StageNotDone(f"{uri} has not begun: run the command again to go on")
+    if name in SEARCHES and _most_removed(reader.manifest().config) != _most_removed(study["config"]):
+        raise StageNotDone(f"{uri} has scored its model only: run the command again to go on")
     summary = summarize(reader)
     test = summary["test"]
-    entry = test and test["baseline" if name not in SEARCHES else pick]
+    entry = test and test["baseline" if name not in SEARCHES else study["pick"]]
     if not entry:
-        raise StoreError(f"{uri} has no test rows scored yet: run the command again to go on")
+        raise StageNotDone(f"{uri} has no test rows scored yet: run the command again to go on")
     sheet = reader.answers(held_out_scope("test", entry["round"]))
     if sheet is None:
         raise StoreError(f"{uri} lacks its answers to test rows: delete its folder and run the command again")
@@ -134,6 +143,10 @@ def _score(
         "training_cpu_seconds": 0.0 if trained is None else trained["seconds"]["training_cpu"],
     }
     return _Scored(values, sheet)
+
+
+def _most_removed(config: Mapping[str, Any]) -> Any:
+    return config["strategy"]["max_removed"]
 
 
 def _regime(name: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
