@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from folders import Material, command
 from safetensors.torch import load_file
@@ -27,3 +28,19 @@ def record(out: Path) -> dict[str, Any]:
 
 def adapters(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module", name="trained")
+def trained_fixture(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that nothing disturbed, of the model without two of its layers."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    outcome = tune(material, out, "--remove", "3,1")
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.fixture(scope="module", name="run")
+def run_fixture(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert material.search(run, "--splits", SPLITS).code == 0
+    return run
