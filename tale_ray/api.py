@@ -14,7 +14,7 @@ from tale_ray.attempt.search import RunOpened, run_search
 from tale_ray.attempt.study import StudyOpened, run_study
 from tale_ray.config import SearchConfig, StorageSection, StrategySection
 from tale_ray.errors import ConfigError
-from tale_ray.option_texts import check_seeds, parse_bytes, parse_duration, parse_layers, parse_seeds, parse_splits
+from tale_ray.option_texts import parse_bytes, parse_duration, parse_layers, parse_splits, read_seeds
 from tale_ray.records import Round, Score, SplitName
 from tale_ray.report_file import write_report
 from tale_ray.results.held_out import selected_result
@@ -211,10 +211,7 @@ def search(*, seeds: str | Iterable[int] | None = None, **options: Any) -> Run |
     """
     if seeds is None:
         return run_to_end(make_config(**options))
-    if isinstance(seeds, str):
-        chosen = parse_seeds(seeds)
-    else:
-        chosen = check_seeds(tuple(seeds) if isinstance(seeds, Iterable) else (seeds,))
+    chosen = read_seeds(seeds)
     if "seed" in options:
         raise ConfigError(f"seed {options['seed']!r} and seeds {chosen} exclude each other: leave one out")
     return study_to_end(make_config(**options), chosen)

@@ -12,7 +12,7 @@ from tale_ray.attempt.synergy import SynergyConfig, parse_regimes, run_synergy
 from tale_ray.attempt.synergy_folder import REGIMES, SynergyFolder
 from tale_ray.attempt.synergy_result import conclude_study
 from tale_ray.errors import ConfigError
-from tale_ray.option_texts import check_seeds, parse_seeds
+from tale_ray.option_texts import read_seeds
 from tale_ray.output_file import check_place, local_folder
 from tale_ray.search.interruption import Interruption
 from tale_ray.tuning.options import TUNED_SPLITS, TuningOptions
@@ -106,10 +106,7 @@ def synergy_request(
     check_place(place / "seed-0", "--study")
     adapter = _taken(options)
     options.setdefault("splits", TUNED_SPLITS)
-    if isinstance(seeds, str):
-        chosen = parse_seeds(seeds)
-    else:
-        chosen = check_seeds(tuple(seeds) if isinstance(seeds, Iterable) else (seeds,))
+    chosen = read_seeds(seeds)
     if "seed" in options:
         raise ConfigError(f"seed {options['seed']!r} is not for a study of several: name it in seeds")
     config = make_config(**_placed(options), seed=chosen[0])

@@ -1,7 +1,7 @@
 """How the texts of options are read: shares in exact decimals, layers, seeds, splits, durations, sizes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import get_args
@@ -79,6 +79,17 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     except ValueError:
         raise ConfigError(f"seeds {text!r} is not a list of seeds: write numbers such as 0,1,2") from None
     return check_seeds(seeds)
+
+
+def read_seeds(seeds: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Return seeds that are given as a text, as one number, or as several.
+
+    Raises:
+        ConfigError: not whole numbers, none, or one given twice.
+    """
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    return check_seeds(tuple(seeds) if isinstance(seeds, Iterable) else (seeds,))
 
 
 def check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

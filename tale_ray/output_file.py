@@ -32,15 +32,14 @@ def check_place(path: Path, option: str) -> None:
     Raises:
         ConfigError: says which, and what to do.
     """
+    parents = path.absolute().parents
     try:
-        is_there = path.exists()  # fails on what can be no name
-    except (OSError, ValueError) as error:
+        made_in = None if path.exists() else next(folder for folder in parents if folder.is_dir())
+    except (OSError, ValueError) as error:  # of what can be no name
         raise ConfigError(f"{option} {path} cannot be written ({error}): name another place") from None
-    for folder in path.absolute().parents:
-        if folder.is_dir() and not is_there:
-            is_there = True
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise ConfigError(f"{option} {path}: {folder} cannot be written to; name another place")
+    if made_in is not None and not os.access(made_in, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path}: {made_in} cannot be written to; name another place")
+    for folder in parents:
         if (folder / MANIFEST).is_file():
             raise ConfigError(
                 f"{option} {path} is in the run folder {folder}, which would then be refused as changed: name a place "

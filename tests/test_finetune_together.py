@@ -61,7 +61,7 @@ def test_two_workers_of_ray_train_come_to_what_one_process_does_though_one_is_ki
     assert len(killed) == 1, "the training was long enough to be disturbed"
     assert together.json["digest"] == alone.json["digest"]
     assert together.json["workers"] == 2
-    assert together.json["losses"] == pytest.approx(alone.json["losses"], abs=1e-3)
+    assert together.json["losses"] == pytest.approx(alone.json["losses"], abs=1e-4)
     assert together.json["kept_step"] == alone.json["kept_step"]
     one, other = adapters(tmp_path / "alone"), adapters(tmp_path / "together")
     for name, weight in one.items():

@@ -100,15 +100,15 @@ class TrainingFolder:
                 raise StoreError(f"--out {self.path} is not empty, and holds no {RECORD}: name another folder")
             return None
         lines = differences(stored["identity"], json.loads(json.dumps(identity)))
-        if lines and not self._has_learned(stored):
+        if not lines:
+            return stored
+        if not self._has_learned(stored):
             return None
-        if lines:
-            told = "\n  ".join(line.replace("the run has", "the folder has") for line in lines)
-            raise StoreError(
-                f"--out {self.path} holds a training with another configuration; nothing was changed. Name another "
-                f"folder, or ask for what it has:\n  {told}"
-            )
-        return stored
+        told = "\n  ".join(line.replace("the run has", "the folder has") for line in lines)
+        raise StoreError(
+            f"--out {self.path} holds a training with another configuration; nothing was changed. Name another "
+            f"folder, or ask for what it has:\n  {told}"
+        )
 
     def _has_learned(self, stored: Mapping[str, Any]) -> bool:
         """Return whether there is anything to lose: not if what was asked for was refused when the model was there."""

@@ -52,15 +52,15 @@ def _regimes(found: Mapping[str, Any]) -> Table:
             ", ".join(str(entry["num_layers"]) for entry in each),
             *(f"{percent(entry['accuracy'])} {interval_text(entry['interval'])}" for entry in each),
             *mean,
-            _span([f"{entry['trainable_parameters']:,}" for entry in each]) if is_trained else "-",
-            _span([f"{entry['training_seconds']:.1f}" for entry in each]) if is_trained else "-",
+            _span([entry["trainable_parameters"] for entry in each], ",") if is_trained else "-",
+            _span([entry["training_seconds"] for entry in each], ".1f") if is_trained else "-",
         )
     return table
 
 
-def _span(numbers: Sequence[str]) -> str:
-    """Return the lowest and the highest of some numbers, once if they are alike."""
-    low, high = (pick(numbers, key=lambda text: float(text.replace(",", ""))) for pick in (min, max))
+def _span(values: Sequence[float], form: str) -> str:
+    """Return the lowest and the highest of some values, once if they are shown alike."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 

@@ -226,6 +226,8 @@ class Trainer:
             return
         try:
             self._restore_tensors(tensors)
+        except torch.OutOfMemoryError:  # a RuntimeError, too
+            raise
         except (KeyError, RuntimeError) as error:  # of torch, where shapes differ
             raise StoreError(
                 f"the checkpoint in {self._folder} was changed ({error}): delete it to train from the beginning, or "
