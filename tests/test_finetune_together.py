@@ -45,6 +45,7 @@ def test_two_workers_of_ray_train_come_to_what_one_process_does_though_one_is_ki
     alone = tune(material, tmp_path / "alone", *given)
     assert alone.code == 0, alone.err
     killed: list[int] = []
+    names: list[str] = []
 
     def kill_one(folder: Path) -> Progress | None:
         progress = read_progress(folder)
@@ -52,6 +53,7 @@ def test_two_workers_of_ray_train_come_to_what_one_process_does_though_one_is_ki
             victim = workers_of_this_session("ray::RayTrainWorker")[-1]
             victim.kill()
             killed.append(progress.step)
+            names.extend(path.name for path in (folder / "ray").iterdir() if path.is_dir())
         return progress
 
     monkeypatch.setattr("tale_ray.tuning.checkpoint.read_progress", kill_one)
@@ -60,6 +62,7 @@ def test_two_workers_of_ray_train_come_to_what_one_process_does_though_one_is_ki
     assert together.code == 0, together.err
     assert len(killed) == 1, "the training was long enough to be disturbed"
     assert together.json["digest"] == alone.json["digest"]
+    assert names == [f"tale-ray-finetune-{alone.json['digest'][:16]}"], "Ray Train goes on with what has this name"
     assert together.json["workers"] == 2
     assert together.json["losses"] == pytest.approx(alone.json["losses"], abs=1e-4)
     assert together.json["kept_step"] == alone.json["kept_step"]
